@@ -1,0 +1,27 @@
+"""What is asked of an implementation, without the data."""
+
+from dataclasses import dataclass
+
+import torch
+
+from ref.format import Format
+
+
+@dataclass(frozen=True)
+class Request:
+    """One kind of linear call: everything that decides whether an implementation can do it.
+
+    format: of the weight. shape: (n, k). x_dtype: of x and of the result. device: x's and the weight's.
+    x_format: None (16-bit products), or how x is quantized first. static_scale: x_scale is given.
+    deterministic: the same bits on every run, one rounding. bias: there is one. group_index: the weight has one.
+    """
+
+    format: Format
+    shape: tuple
+    x_dtype: torch.dtype
+    device: torch.device
+    x_format: Format | None = None
+    static_scale: bool = False
+    deterministic: bool = True
+    bias: bool = False
+    group_index: bool = False
