@@ -1,0 +1,150 @@
+"""Which implementation runs: the registry, the order of preference, and prepared weights."""
+
+import importlib
+import weakref
+
+import torch
+
+from ref.format import parse_format
+from ref.qtensor import QTensor
+
+from .preference import preference
+from .request import Request
+
+# Imported when they are first asked for: triton and humming-kernels stay unloaded until then.
+IMPLEMENTATIONS = {"torch": "fast.eager", "triton": "fast.triton", "humming": "fast.humming", "cublas": "fast.cublas"}
+
+# Plans are chosen anew for m in (2^(i-1), 2^i]; beyond 2^15 the last choice serves.
+BUCKETS = 17
+
+
+class Prepared:
+    """A weight with what its kernels need: plans by kind of call and by bucket of m.
+
+    Plans are made at the first call of their kind, from the QTensor. seal() makes them all at once and lets go of it.
+    """
+
+    def __init__(self, q):
+        self.q = q
+        self.format = q.format
+        self.shape = tuple(q.shape)
+        self.n, self.k = self.shape
+        self.device = q.packed.device
+        self.group_index = q.group_index is not None
+        self.kinds = {}
+        self.made = {}
+
+    def __repr__(self):
+        return f"Prepared({self.format}, shape={self.shape}, device={self.device})"
+
+    def open(self, kind):
+        """The plans of one kind of call, a list by bucket of m: empty at first."""
+        return self.kinds.setdefault(kind, [None] * BUCKETS)
+
+    def plan(self, kind, bucket):
+        """The plan for one kind of call and bucket, made if need be."""
+        plans = self.open(kind)
+        if plans[bucket] is None:
+            plans[bucket] = self._make(kind, bucket)
+        return plans[bucket]
+
+    def _make(self, kind, bucket):
+        if self.q is None:
+            raise NotImplementedError(f"linear: {self!r} was prepared for other calls than {kind}: prepare the QTensor for this one, too")
+        request, impl = self.request(kind), kind[2]
+        reasons = []
+        for name in [impl] if impl is not None else preference(request, bucket):
+            reason = implementation(name).why_not(request)
+            if reason is None:
+                try:
+                    if (name, request) not in self.made:
+                        self.made[name, request] = implementation(name).prepare(self.q, request)
+                    return self.made[name, request]
+                except NotImplementedError as error:
+                    reason = str(error)
+            reasons.append(NotImplementedError(f"linear: impl {name!r} cannot run {describe(request)}: {reason}"))
+        if len(reasons) == 1:
+            raise reasons[0]
+        raise ExceptionGroup(f"linear: no implementation can run {describe(request)}", reasons)
+
+    def request(self, kind):
+        x_dtype, x_format, _, deterministic, no_bias, dynamic = kind
+        x_format = None if x_format is None else parse_format(x_format)
+        return Request(self.format, self.shape, x_dtype, self.device, x_format, not dynamic, deterministic, not no_bias, self.group_index)
+
+
+def implementation(name):
+    """The module of an implementation.
+
+    Raises:
+        ValueError: there is none of this name.
+    """
+    if name not in IMPLEMENTATIONS:
+        raise ValueError(f"linear: unknown impl {name!r}, expected one of {', '.join(IMPLEMENTATIONS)}")
+    return importlib.import_module(IMPLEMENTATIONS[name])
+
+
+def describe(request):
+    """One kind of call in words, for messages."""
+    inputs = f"{request.x_format} ({request.x_dtype})" if request.x_format else str(request.x_dtype)
+    return f"{inputs} x {request.format} {request.shape[0]}x{request.shape[1]} on {request.device}".replace("torch.", "")
+
+
+def call_kind(x, bias, x_format, x_scale, impl, deterministic):
+    """What tells one kind of call from another, as a key."""
+    return x.dtype, x_format, impl, deterministic, bias is None, x_scale is None
+
+
+_PREPARED = weakref.WeakKeyDictionary()
+
+
+def remember(w):
+    """The Prepared of a QTensor: the same one at every call, for as long as the QTensor lives."""
+    if isinstance(w, Prepared):
+        return w
+    prepared = _PREPARED.get(w)
+    if prepared is None:
+        prepared = _PREPARED[w] = Prepared(_detached(w))
+    return prepared
+
+
+def _detached(q):
+    """The same tensors in another QTensor, so that a Prepared does not keep alive the key that it is remembered under."""
+    return QTensor(q.format, q.shape, q.packed, q.scale, q.zero, q.scale_2, q.group_index)
+
+
+def bucket_of(m):
+    """The bucket of m rows: 0 for 0 and 1, else the i with 2^(i-1) < m <= 2^i."""
+    return min((m - 1).bit_length(), BUCKETS - 1) if m > 1 else 0
+
+
+def prepare(w, *, x_dtype=torch.bfloat16, x_format=None, static_scale=False, bias=False, impl=None, deterministic=True, m=None):
+    """Put a weight into its kernels' own layouts, once, and let go of the packed codes that no kernel reads.
+
+    fast.linear does the same by itself, and remembers it, when handed a QTensor; then the QTensor stays in memory too. Do
+    this before capturing a CUDA graph: it may compile and synchronise, and linear after it does neither.
+
+    Args:
+        w: QTensor (n, k). It may be dropped afterwards.
+        x_dtype, x_format, impl, deterministic: as linear will be called with.
+        static_scale: linear will be given x_scale. bias: linear will be given a bias.
+        m: how many rows x will have, an int or several; None prepares for any number.
+
+    Returns:
+        Prepared: what linear takes in place of w, for calls of this kind.
+
+    Raises:
+        NotImplementedError, ExceptionGroup: as linear.
+    """
+    if not isinstance(w, QTensor):
+        raise TypeError(f"prepare: w is {type(w).__name__}, expected a QTensor")
+    if len(w.shape) != 2:
+        raise ValueError(f"prepare: weight {w.format} has shape {tuple(w.shape)}, expected (n, k)")
+    prepared = Prepared(w)
+    kind = (x_dtype, x_format, impl, deterministic, not bias, not static_scale)
+    buckets = range(BUCKETS) if m is None else sorted({bucket_of(rows) for rows in ([m] if isinstance(m, int) else m)})
+    for bucket in buckets:
+        prepared.plan(kind, bucket)
+    prepared.q = None
+    prepared.made.clear()
+    return prepared

@@ -1,0 +1,136 @@
+"""The "torch" implementation: the linear layer in plain torch, on every device.
+
+Its own code from the packed words to the result, so that checking it against ref proves something. On the CPU, and for
+float32 x everywhere, the product runs in float64: neither TF32 nor any other precision setting has a say in it. For 16-bit x
+on a GPU the weight is rounded to x's dtype and the product is one matrix product with float32 sums ("weight_rounded").
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from ref.element import values
+from ref.format import SCALE_DTYPES, Format
+from ref.qtensor import QTensor
+
+from .hadamard import hadamard
+from .quantize_input import quantized_values
+
+# Weights dequantized at a time: a workspace of at most 64 MiB in float64.
+CHUNK = 2**23
+
+
+def why_not(request):
+    """None: it takes everything."""
+    return None
+
+
+def prepare(q, request):
+    """A Plan; the weight stays as it is."""
+    k, bits = q.shape[1], q.format.element.bits
+    start = torch.arange(k, device=q.packed.device) * bits
+    words = max(q.packed.shape[1], 1)
+    return Plan(
+        q=q,
+        x_format=request.x_format,
+        table=values(q.format.element, q.packed.device),
+        word=start // 32,
+        next_word=(start // 32 + 1).clamp(max=words - 1),
+        shift=start % 32,
+        column=_group_of(k, q.format.group[1], q.group_index, q.packed.device),
+    )
+
+
+def dequantize(q, dtype=torch.float64):
+    """ref.dequantize, by this implementation's own code."""
+    *lead, n, k = q.shape
+    experts = [q] if not lead else [_expert(q, index) for index in range(torch.Size(lead).numel())]
+    out = torch.empty(len(experts), n, k, dtype=dtype, device=q.packed.device)
+    for expert, w in zip(out, experts, strict=True):
+        plan = prepare(w, _NO_INPUT)
+        for rows in plan.chunks():
+            part = plan.weight(rows)
+            expert[rows] = (hadamard(part, q.format.hadamard) if q.format.hadamard else part).to(dtype)
+    return out.reshape(q.shape)
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """How to read one weight: the word and the shift of each k, and the column of scale that it belongs to."""
+
+    q: QTensor
+    x_format: Format | None
+    table: torch.Tensor
+    word: torch.Tensor
+    next_word: torch.Tensor
+    shift: torch.Tensor
+    column: torch.Tensor
+
+    def run(self, x, bias, x_scale, out):
+        """out[m, n] = x w^T + bias, rounded once."""
+        fmt = self.q.format
+        in_float64 = x.dtype not in (torch.float16, torch.bfloat16) or not x.is_cuda or self.x_format is not None
+        a = x.to(torch.float64) if in_float64 else x
+        if self.x_format is not None:
+            a = quantized_values(x, self.x_format, x_scale)
+        elif fmt.hadamard and not in_float64:
+            a = hadamard(x.to(torch.float32), fmt.hadamard).to(x.dtype)
+        for rows in self.chunks():
+            w = self.weight(rows)
+            if in_float64:
+                y = a @ (hadamard(w, fmt.hadamard) if fmt.hadamard else w).T
+            else:
+                y = torch.mm(a, _round_once(w, x.dtype).T, out_dtype=torch.float32)
+            out[:, rows] = y if bias is None else y + bias[rows].to(y.dtype)
+
+    def chunks(self):
+        """Slices of rows that together are the weight."""
+        n, k = self.q.shape
+        step = max(CHUNK // max(k, 1), 1)
+        return [slice(start, min(start + step, n)) for start in range(0, n, step)]
+
+    def weight(self, rows):
+        """float64 (rows, k): (value - zero) * scale * scale_2, before the inverse rotation."""
+        q, fmt = self.q, self.q.format
+        if q.shape[1] == 0:
+            return self.table.new_zeros(rows.stop - rows.start, 0)
+        packed = q.packed[rows].to(torch.int64) & 0xFFFFFFFF
+        pair = packed[:, self.word] | (packed[:, self.next_word] << 32)
+        w = self.table[(pair >> self.shift) & (2**fmt.element.bits - 1)]
+        row = _group_of(q.shape[0], fmt.group[0], None, q.packed.device)[rows]
+        if q.zero is not None:
+            w -= q.zero[row].to(torch.float64)[:, self.column]
+        w *= _decoded(q.scale[row], fmt.scale)[:, self.column]
+        if q.scale_2 is not None:
+            w *= q.scale_2 if q.scale_2.shape[0] == 1 else q.scale_2[rows]
+        return w
+
+
+def _round_once(w, dtype):
+    """float64 to float16 or bfloat16 in one rounding: on the way, float32 keeps in its last bit that something was cut off."""
+    near = w.to(torch.float32)
+    bits = near.view(torch.int32) - (near.double().abs() > w.abs()).int()
+    odd = (bits | (near.double() != w).int()).view(torch.float32)
+    return torch.where(w.isfinite(), odd, near).to(dtype)
+
+
+def _group_of(count, size, index, device):
+    if index is not None:
+        return index.long()
+    return torch.arange(count, device=device) // size if size else torch.zeros(count, dtype=torch.long, device=device)
+
+
+def _decoded(scale, name):
+    target = SCALE_DTYPES[name]
+    return scale.to(torch.float64) if isinstance(target, torch.dtype) else values(target, scale.device)[scale.long()]
+
+
+def _expert(q, index):
+    def one(t):
+        return None if t is None else t.flatten(0, -3)[index]
+
+    return QTensor(q.format, q.shape[-2:], one(q.packed), one(q.scale), one(q.zero), one(q.scale_2), q.group_index)
+
+
+class _NO_INPUT:
+    x_format = None

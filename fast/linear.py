@@ -1,0 +1,181 @@
+"""The quantized linear layer at speed: a drop-in for torch.nn.functional.linear."""
+
+import torch
+
+from ref.qtensor import QTensor
+
+from .dispatch import Prepared, bucket_of, call_kind, describe, implementation, remember
+
+
+def linear(x, w, bias=None, *, x_format=None, x_scale=None, impl=None, deterministic=True, out=None):
+    """y = x W^T + bias, with sums in float32 or better and one rounding to x's dtype.
+
+    With a plain tensor w this is torch.nn.functional.linear. With a QTensor it is ref.linear, or one of its variants, within
+    the bound that the conformance suite derives. The first call of a kind prepares the weight and may compile.
+
+    Args:
+        x: (..., k), float16, bfloat16 or float32; any strides.
+        w: QTensor (n, k), what prepare returned, or a plain tensor (n, k). Its tensors must not be written to afterwards.
+        bias: (n,), any float dtype, or None.
+        x_format: None, or the format that x is quantized to first, as int8_token.
+        x_scale: the static scale of x_format, a tensor with one value.
+        impl: None for the fastest that can, or "torch", "triton", "humming" or "cublas", which never falls back.
+        deterministic: the same bits on every run, rounded once. False lets a backend add partial sums in x's dtype and in
+            any order.
+        out: None, or where to write: (..., n), contiguous, dtype and device of x.
+
+    Returns:
+        (..., n), dtype of x.
+
+    Raises:
+        TypeError, ValueError: arguments that do not fit each other, before any launch.
+        NotImplementedError: legal, but impl cannot do it (why_not says why), or x requires a gradient.
+        ExceptionGroup: no implementation can do it.
+    """
+    if torch.compiler.is_compiling():
+        from . import ops
+
+        return ops.call(x, w, bias, x_format, x_scale, impl, deterministic, out)
+    if not isinstance(w, (QTensor, Prepared)):
+        return _plain(x, w, bias, x_format, x_scale, impl, out)
+    if len(w.shape) != 2 or not _fits(x, w.shape, bias):
+        _refuse(x, w, bias)
+    prepared = remember(w)
+    if x.device != prepared.device:
+        _refuse(x, w, bias)
+    if x.requires_grad and torch.is_grad_enabled():
+        raise NotImplementedError("linear: x requires a gradient, and quantized weights are for inference: call under torch.no_grad()")
+    kind = call_kind(x, bias, x_format, x_scale, impl, deterministic)
+    rows = x if x.dim() == 2 else x.reshape(x.shape[:-1].numel(), prepared.k)
+    if rows.stride(1) != 1:
+        rows = rows.contiguous()
+    m = rows.shape[0]
+    plans = prepared.kinds.get(kind) or prepared.open(_checked(kind, prepared, x_scale))
+    bucket = bucket_of(m)
+    plan = plans[bucket] or prepared.plan(kind, bucket)
+    if out is None:
+        result = x.new_empty(m, prepared.n)
+    else:
+        _check_out(out, x, prepared.n)
+        result = out.view(m, prepared.n)
+    if m and prepared.n:
+        plan.run(rows, bias, x_scale, result)
+    return result if x.dim() == 2 else result.view(*x.shape[:-1], prepared.n)
+
+
+def why_not(op, x, w, bias=None, *, x_format=None, x_scale=None, impl, deterministic=True):
+    """Why an implementation cannot run a call, as a sentence, without launching anything; None if it can.
+
+    Args:
+        op: the operation's name: "linear".
+        impl: the implementation's name.
+        The rest: as the operation takes it.
+
+    Raises:
+        TypeError, ValueError: arguments that do not fit each other, or no such operation or implementation.
+    """
+    if op != "linear":
+        raise ValueError(f"why_not: unknown operation {op!r}, expected 'linear'")
+    module = implementation(impl)
+    if isinstance(w, torch.Tensor):
+        return None if impl == "torch" else f"{impl!r} takes quantized weights; a plain tensor goes to torch.nn.functional.linear"
+    if len(w.shape) != 2 or not _fits(x, w.shape, bias):
+        _refuse(x, w, bias)
+    prepared = remember(w)
+    request = prepared.request(_checked(call_kind(x, bias, x_format, x_scale, impl, deterministic), prepared, x_scale))
+    reason = module.why_not(request)
+    return None if reason is None else f"{describe(request)}: {reason}"
+
+
+def _plain(x, w, bias, x_format, x_scale, impl, out):
+    if not isinstance(w, torch.Tensor):
+        raise TypeError(f"linear: w is {type(w).__name__}, expected a QTensor, a Prepared or a tensor")
+    if x_format is not None or x_scale is not None or impl not in (None, "torch"):
+        raise NotImplementedError(
+            "linear: w is a plain tensor: x_format, x_scale and impl are for quantized weights (ref.quantize makes one)"
+        )
+    if out is None:
+        return torch.nn.functional.linear(x, w, bias)
+    _check_out(out, x, w.shape[0])
+    return out.copy_(torch.nn.functional.linear(x, w, bias))
+
+
+def _fits(x, shape, bias):
+    if not isinstance(x, torch.Tensor) or x.dtype not in _X_DTYPES or x.dim() < 1 or x.shape[-1] != shape[1]:
+        return False
+    return bias is None or (
+        isinstance(bias, torch.Tensor) and bias.shape == shape[:1] and bias.dtype.is_floating_point and bias.device == x.device
+    )
+
+
+_X_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def _refuse(x, w, bias):
+    """Say what does not fit."""
+    if not isinstance(x, torch.Tensor) or x.dtype not in _X_DTYPES:
+        got = x.dtype if isinstance(x, torch.Tensor) else type(x).__name__
+        raise TypeError(f"linear: x is {got}, expected a float16, bfloat16 or float32 tensor")
+    if len(w.shape) != 2:
+        raise ValueError(f"linear: weight {w.format} has shape {tuple(w.shape)}, expected (n, k)")
+    n, k = w.shape
+    if x.dim() < 1 or x.shape[-1] != k:
+        got = f"k={x.shape[-1]}" if x.dim() else "no axis"
+        raise ValueError(f"linear: x has {got}, weight {w.format} has k={k} (both must match)")
+    if bias is not None and (not isinstance(bias, torch.Tensor) or not bias.dtype.is_floating_point):
+        got = bias.dtype if isinstance(bias, torch.Tensor) else type(bias).__name__
+        raise TypeError(f"linear: bias is {got}, expected a floating-point tensor")
+    if bias is not None and tuple(bias.shape) != (n,):
+        raise ValueError(f"linear: bias has shape {tuple(bias.shape)}, weight {w.format} has n={n} (expected ({n},))")
+    device = w.device if isinstance(w, Prepared) else w.packed.device
+    where = f"weight is on {device}" + ("" if bias is None else f", bias on {bias.device}")
+    raise ValueError(f"linear: x is on {x.device}, {where} (all must match)")
+
+
+def _checked(kind, prepared, x_scale):
+    """kind, after the checks that one call of it has to pass; they read no data."""
+    request = prepared.request(kind)
+    if prepared.q is not None:
+        _check_parts(prepared.q)
+    fmt = request.x_format
+    if fmt is None:
+        if x_scale is not None:
+            raise ValueError("linear: got x_scale without x_format")
+        return kind
+    if fmt.zero is not None or fmt.group[0] not in (0, 1) or (fmt.group[0] == 0 and fmt.group[1] != 0):
+        raise ValueError(f"linear: got x_format={fmt}, expected a format by tensor, token or group, without a zero point")
+    if fmt.scale_2 == "channel" and fmt.scale != "e4m3":
+        raise ValueError(f"linear: got x_format={fmt}, expected e4m3 scales under a token's scale")
+    if x_scale is None and fmt.scale_2 == "tensor":
+        raise ValueError(f"linear: x_format={fmt} needs x_scale, the static scale of the tensor")
+    if x_scale is not None and fmt.group != (0, 0) and fmt.scale_2 != "tensor":
+        raise ValueError(f"linear: got x_scale, but the scales of x_format={fmt} are dynamic")
+    if fmt.hadamard and prepared.k % fmt.hadamard:
+        raise ValueError(f"linear: k={prepared.k} is no multiple of the rotation's block {fmt.hadamard} in x_format={fmt}")
+    return kind
+
+
+def _check_parts(q):
+    """The invariants of a QTensor that can be checked without reading its data."""
+    fmt, (n, k) = q.format, q.shape
+    parts = {
+        "packed": (q.packed, (n, -(-k * fmt.element.bits // 32))),
+        "scale": (q.scale, fmt.scale_shape(q.shape)),
+        "zero": (q.zero, None if fmt.zero is None else fmt.scale_shape(q.shape)),
+        "scale_2": (q.scale_2, {None: None, "tensor": (1, 1), "channel": (n, 1)}[fmt.scale_2]),
+    }
+    for name, (tensor, shape) in parts.items():
+        got = None if tensor is None else tuple(tensor.shape)
+        if got != shape:
+            raise ValueError(f"linear: weight {fmt} {n}x{k} has {name} of shape {got}, expected {shape}")
+        if tensor is not None and tensor.device != q.packed.device:
+            raise ValueError(f"linear: weight {fmt} has packed on {q.packed.device}, {name} on {tensor.device} (both must match)")
+
+
+def _check_out(out, x, n):
+    shape = (*x.shape[:-1], n)
+    if not isinstance(out, torch.Tensor) or tuple(out.shape) != shape or out.dtype != x.dtype or out.device != x.device:
+        got = f"{tuple(out.shape)} {out.dtype} on {out.device}" if isinstance(out, torch.Tensor) else type(out).__name__
+        raise ValueError(f"linear: out is {got}, expected {shape} {x.dtype} on {x.device}")
+    if not out.is_contiguous():
+        raise ValueError("linear: out is not contiguous")
