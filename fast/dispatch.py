@@ -1,12 +1,13 @@
 """Which implementation runs: the registry, the order of preference, and prepared weights."""
 
 import importlib
+import itertools
 import weakref
 
 import torch
 
-from ref.format import parse_format
-from ref.qtensor import QTensor
+from ref.format import check_input_format, parse_format
+from ref.qtensor import QTensor, check_parts
 
 from .preference import preference
 from .request import Request
@@ -14,14 +15,21 @@ from .request import Request
 # Imported when they are first asked for: triton and humming-kernels stay unloaded until then.
 IMPLEMENTATIONS = {"torch": "fast.eager", "triton": "fast.triton", "humming": "fast.humming", "cublas": "fast.cublas"}
 
+X_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
 # Plans are chosen anew for m in (2^(i-1), 2^i]; beyond 2^15 the last choice serves.
 BUCKETS = 17
+
+
+# Every Prepared that lives, by a number that a compiled graph can hold.
+PREPARED_BY_NUMBER = weakref.WeakValueDictionary()
+_NUMBERS = itertools.count()
 
 
 class Prepared:
     """A weight with what its kernels need: plans by kind of call and by bucket of m.
 
-    Plans are made at the first call of their kind, from the QTensor. seal() makes them all at once and lets go of it.
+    Plans are made at the first call of their kind, from the QTensor. prepare makes them all at once and lets go of it.
     """
 
     def __init__(self, q):
@@ -33,13 +41,36 @@ class Prepared:
         self.group_index = q.group_index is not None
         self.kinds = {}
         self.made = {}
+        self.number = next(_NUMBERS)
+        PREPARED_BY_NUMBER[self.number] = self
 
     def __repr__(self):
         return f"Prepared({self.format}, shape={self.shape}, device={self.device})"
 
-    def open(self, kind):
-        """The plans of one kind of call, a list by bucket of m: empty at first."""
-        return self.kinds.setdefault(kind, [None] * BUCKETS)
+    def open(self, kind, x_scale=None):
+        """The plans of one kind of call, a list by bucket of m, empty at first; checks what every call of the kind has in common.
+
+        Raises:
+            TypeError, ValueError: parts of the weight that disagree, or an x_format that cannot be.
+        """
+        if kind not in self.kinds:
+            parsed = (kind[0], None if kind[1] is None else parse_format(kind[1]), *kind[2:])
+            if parsed not in self.kinds:
+                if self.q is not None:
+                    check_parts(self.q, "linear")
+                self._check_input(parsed[1], x_scale)
+                self.kinds[parsed] = [None] * BUCKETS
+            self.kinds[kind] = self.kinds[parsed]
+        return self.kinds[kind]
+
+    def _check_input(self, x_format, x_scale):
+        if x_format is None:
+            if x_scale is not None:
+                raise ValueError("linear: got x_scale without x_format")
+            return
+        check_input_format(x_format, x_scale, "linear")
+        if x_format.hadamard and self.k % x_format.hadamard:
+            raise ValueError(f"linear: k={self.k} is no multiple of the rotation's block {x_format.hadamard} in x_format={x_format}")
 
     def plan(self, kind, bucket):
         """The plan for one kind of call and bucket, made if need be."""
@@ -141,7 +172,10 @@ def prepare(w, *, x_dtype=torch.bfloat16, x_format=None, static_scale=False, bia
     if len(w.shape) != 2:
         raise ValueError(f"prepare: weight {w.format} has shape {tuple(w.shape)}, expected (n, k)")
     prepared = Prepared(w)
+    if x_dtype not in X_DTYPES:
+        raise TypeError(f"prepare: x_dtype is {x_dtype}, expected torch.float16, torch.bfloat16 or torch.float32")
     kind = (x_dtype, x_format, impl, deterministic, not bias, not static_scale)
+    prepared.open(kind, torch.ones(1, device=prepared.device) if static_scale else None)
     buckets = range(BUCKETS) if m is None else sorted({bucket_of(rows) for rows in ([m] if isinstance(m, int) else m)})
     for bucket in buckets:
         prepared.plan(kind, bucket)

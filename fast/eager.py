@@ -50,7 +50,7 @@ def dequantize(q, dtype=torch.float64):
         plan = prepare(w, _NO_INPUT)
         for rows in plan.chunks():
             part = plan.weight(rows)
-            expert[rows] = (hadamard(part, q.format.hadamard) if q.format.hadamard else part).to(dtype)
+            expert[rows] = _round_once(hadamard(part, q.format.hadamard) if q.format.hadamard else part, dtype)
     return out.reshape(q.shape)
 
 
@@ -81,7 +81,7 @@ class Plan:
                 y = a @ (hadamard(w, fmt.hadamard) if fmt.hadamard else w).T
             else:
                 y = torch.mm(a, _round_once(w, x.dtype).T, out_dtype=torch.float32)
-            out[:, rows] = y if bias is None else y + bias[rows].to(y.dtype)
+            out[:, rows] = _round_once(y if bias is None else y + bias[rows].detach().to(y.dtype), out.dtype)
 
     def chunks(self):
         """Slices of rows that together are the weight."""
@@ -107,7 +107,9 @@ class Plan:
 
 
 def _round_once(w, dtype):
-    """float64 to float16 or bfloat16 in one rounding: on the way, float32 keeps in its last bit that something was cut off."""
+    """w in another dtype by one rounding: from float64 to 16 bits, float32 on the way keeps in its last bit that something was cut off."""
+    if w.dtype != torch.float64 or dtype not in (torch.float16, torch.bfloat16):
+        return w.to(dtype)
     near = w.to(torch.float32)
     bits = near.view(torch.int32) - (near.double().abs() > w.abs()).int()
     odd = (bits | (near.double() != w).int()).view(torch.float32)

@@ -4,7 +4,9 @@ import torch
 
 from ref.qtensor import QTensor
 
-from .dispatch import Prepared, bucket_of, call_kind, describe, implementation, remember
+from .dispatch import X_DTYPES, Prepared, bucket_of, call_kind, describe, implementation, remember
+
+NO_GRADIENT = "linear: x requires a gradient, and quantized weights are for inference: call under torch.no_grad()"
 
 
 def linear(x, w, bias=None, *, x_format=None, x_scale=None, impl=None, deterministic=True, out=None):
@@ -41,16 +43,16 @@ def linear(x, w, bias=None, *, x_format=None, x_scale=None, impl=None, determini
     if len(w.shape) != 2 or not _fits(x, w.shape, bias):
         _refuse(x, w, bias)
     prepared = remember(w)
-    if x.device != prepared.device:
-        _refuse(x, w, bias)
+    if x.device != prepared.device or (x_scale is not None and not _scale_fits(x_scale, x)):
+        _refuse(x, w, bias, x_scale)
     if x.requires_grad and torch.is_grad_enabled():
-        raise NotImplementedError("linear: x requires a gradient, and quantized weights are for inference: call under torch.no_grad()")
+        raise NotImplementedError(NO_GRADIENT)
     kind = call_kind(x, bias, x_format, x_scale, impl, deterministic)
     rows = x if x.dim() == 2 else x.reshape(x.shape[:-1].numel(), prepared.k)
     if rows.stride(1) != 1:
         rows = rows.contiguous()
     m = rows.shape[0]
-    plans = prepared.kinds.get(kind) or prepared.open(_checked(kind, prepared, x_scale))
+    plans = prepared.kinds.get(kind) or prepared.open(kind, x_scale)
     bucket = bucket_of(m)
     plan = plans[bucket] or prepared.plan(kind, bucket)
     if out is None:
@@ -82,7 +84,9 @@ def why_not(op, x, w, bias=None, *, x_format=None, x_scale=None, impl, determini
     if len(w.shape) != 2 or not _fits(x, w.shape, bias):
         _refuse(x, w, bias)
     prepared = remember(w)
-    request = prepared.request(_checked(call_kind(x, bias, x_format, x_scale, impl, deterministic), prepared, x_scale))
+    kind = call_kind(x, bias, x_format, x_scale, impl, deterministic)
+    prepared.open(kind, x_scale)
+    request = prepared.request(kind)
     reason = module.why_not(request)
     return None if reason is None else f"{describe(request)}: {reason}"
 
@@ -101,19 +105,20 @@ def _plain(x, w, bias, x_format, x_scale, impl, out):
 
 
 def _fits(x, shape, bias):
-    if not isinstance(x, torch.Tensor) or x.dtype not in _X_DTYPES or x.dim() < 1 or x.shape[-1] != shape[1]:
+    if not isinstance(x, torch.Tensor) or x.dtype not in X_DTYPES or x.dim() < 1 or x.shape[-1] != shape[1]:
         return False
     return bias is None or (
         isinstance(bias, torch.Tensor) and bias.shape == shape[:1] and bias.dtype.is_floating_point and bias.device == x.device
     )
 
 
-_X_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+def _scale_fits(x_scale, x):
+    return isinstance(x_scale, torch.Tensor) and x_scale.numel() == 1 and x_scale.dtype.is_floating_point and x_scale.device == x.device
 
 
-def _refuse(x, w, bias):
+def _refuse(x, w, bias, x_scale=None):
     """Say what does not fit."""
-    if not isinstance(x, torch.Tensor) or x.dtype not in _X_DTYPES:
+    if not isinstance(x, torch.Tensor) or x.dtype not in X_DTYPES:
         got = x.dtype if isinstance(x, torch.Tensor) else type(x).__name__
         raise TypeError(f"linear: x is {got}, expected a float16, bfloat16 or float32 tensor")
     if len(w.shape) != 2:
@@ -128,48 +133,14 @@ def _refuse(x, w, bias):
     if bias is not None and tuple(bias.shape) != (n,):
         raise ValueError(f"linear: bias has shape {tuple(bias.shape)}, weight {w.format} has n={n} (expected ({n},))")
     device = w.device if isinstance(w, Prepared) else w.packed.device
+    if x_scale is not None and not (isinstance(x_scale, torch.Tensor) and x_scale.dtype.is_floating_point):
+        got = x_scale.dtype if isinstance(x_scale, torch.Tensor) else type(x_scale).__name__
+        raise TypeError(f"linear: x_scale is {got}, expected a floating-point tensor with one value")
+    if x_scale is not None and x_scale.numel() != 1:
+        raise ValueError(f"linear: x_scale has shape {tuple(x_scale.shape)}, expected one value")
     where = f"weight is on {device}" + ("" if bias is None else f", bias on {bias.device}")
+    where += "" if x_scale is None else f", x_scale on {x_scale.device}"
     raise ValueError(f"linear: x is on {x.device}, {where} (all must match)")
-
-
-def _checked(kind, prepared, x_scale):
-    """kind, after the checks that one call of it has to pass; they read no data."""
-    request = prepared.request(kind)
-    if prepared.q is not None:
-        _check_parts(prepared.q)
-    fmt = request.x_format
-    if fmt is None:
-        if x_scale is not None:
-            raise ValueError("linear: got x_scale without x_format")
-        return kind
-    if fmt.zero is not None or fmt.group[0] not in (0, 1) or (fmt.group[0] == 0 and fmt.group[1] != 0):
-        raise ValueError(f"linear: got x_format={fmt}, expected a format by tensor, token or group, without a zero point")
-    if fmt.scale_2 == "channel" and fmt.scale != "e4m3":
-        raise ValueError(f"linear: got x_format={fmt}, expected e4m3 scales under a token's scale")
-    if x_scale is None and fmt.scale_2 == "tensor":
-        raise ValueError(f"linear: x_format={fmt} needs x_scale, the static scale of the tensor")
-    if x_scale is not None and fmt.group != (0, 0) and fmt.scale_2 != "tensor":
-        raise ValueError(f"linear: got x_scale, but the scales of x_format={fmt} are dynamic")
-    if fmt.hadamard and prepared.k % fmt.hadamard:
-        raise ValueError(f"linear: k={prepared.k} is no multiple of the rotation's block {fmt.hadamard} in x_format={fmt}")
-    return kind
-
-
-def _check_parts(q):
-    """The invariants of a QTensor that can be checked without reading its data."""
-    fmt, (n, k) = q.format, q.shape
-    parts = {
-        "packed": (q.packed, (n, -(-k * fmt.element.bits // 32))),
-        "scale": (q.scale, fmt.scale_shape(q.shape)),
-        "zero": (q.zero, None if fmt.zero is None else fmt.scale_shape(q.shape)),
-        "scale_2": (q.scale_2, {None: None, "tensor": (1, 1), "channel": (n, 1)}[fmt.scale_2]),
-    }
-    for name, (tensor, shape) in parts.items():
-        got = None if tensor is None else tuple(tensor.shape)
-        if got != shape:
-            raise ValueError(f"linear: weight {fmt} {n}x{k} has {name} of shape {got}, expected {shape}")
-        if tensor is not None and tensor.device != q.packed.device:
-            raise ValueError(f"linear: weight {fmt} has packed on {q.packed.device}, {name} on {tensor.device} (both must match)")
 
 
 def _check_out(out, x, n):

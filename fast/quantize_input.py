@@ -5,7 +5,7 @@ import math
 import torch
 
 from ref.element import Int, max_value
-from ref.format import SCALE_DTYPES, parse_format
+from ref.format import SCALE_DTYPES, check_input_format, parse_format
 from ref.qtensor import QTensor
 
 from .hadamard import hadamard
@@ -19,6 +19,7 @@ def quantize_input(x, format, x_scale=None):
     Scales are within one float32 rounding of ref's, codes equal to ref's but for ties.
     """
     fmt = parse_format(format)
+    check_input_format(fmt, x_scale, "quantize_input")
     rows = x.reshape(-1, x.shape[-1]) if x.shape[-1] else x.reshape(x.shape[:-1].numel(), 0)
     steps, scale, scale_2 = _scales(_rotated(rows, fmt), fmt, x_scale)
     units, exponent = _round(_rotated(rows, fmt) / steps, fmt.element)
@@ -76,9 +77,9 @@ def _stored(scale, name, up):
     """float32 scales as stored, rounded up or to nearest even."""
     target = SCALE_DTYPES[name]
     if isinstance(target, torch.dtype):
-        near = scale.to(target)
+        near = scale.clamp(max=torch.finfo(target).max).to(target)
         integer = near.view({4: torch.int32, 2: torch.int16}[near.element_size()])
-        return torch.where(up & (near.float() < scale), (integer + 1).view(target), near)
+        return torch.where(up & (near.float() < scale) & (near < torch.finfo(target).max), (integer + 1).view(target), near)
     units, exponent = _round(scale, target, torch.ceil if up else torch.round)
     return _codes(units, exponent, target)
 

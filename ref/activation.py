@@ -3,7 +3,7 @@
 import torch
 
 from .element import Int, max_value
-from .format import parse_format
+from .format import check_input_format, parse_format
 from .hadamard import hadamard
 from .quantize import check_values, with_scales
 from .scale import decode_scale, encode_scale, round_up, tile
@@ -44,7 +44,9 @@ def quantize_input(x, format, x_scale=None):
     k = x.shape[-1] if isinstance(x, torch.Tensor) and x.dim() else 0
     rows = x.reshape(x.numel() // k if k else x.shape[:-1].numel(), k) if isinstance(x, torch.Tensor) and x.dim() else x
     check_values("quantize_input", "x", rows)
-    _check_format(fmt, x_scale)
+    check_input_format(fmt, x_scale, "quantize_input")
+    if x_scale is not None and not bool(x_scale.isfinite().all() & (x_scale > 0).all()):
+        raise ValueError(f"quantize_input: x_scale is {x_scale.item()}, expected a positive number")
     values = rows.detach().to(torch.float64)
     if fmt.hadamard:
         values = hadamard(values, fmt.hadamard)
@@ -75,19 +77,3 @@ def _round_up_bits(x, bits):
     """x rounded up to this many significant bits."""
     mantissa, exponent = torch.frexp(x)
     return torch.ldexp(torch.ceil(mantissa * 2**bits), exponent - bits)
-
-
-def _check_format(fmt, x_scale):
-    if fmt.zero is not None or fmt.group[0] not in (0, 1) or (fmt.group[0] == 0 and fmt.group[1] != 0):
-        raise ValueError(f"quantize_input: got {fmt}, expected a format by tensor, token or group, without a zero point")
-    if fmt.scale_2 == "channel" and fmt.scale != "e4m3":
-        raise ValueError(f"quantize_input: got {fmt}, expected e4m3 scales under a token's scale")
-    takes = fmt.group == (0, 0) or fmt.scale_2 == "tensor"
-    if x_scale is None and fmt.scale_2 == "tensor":
-        raise ValueError(f"quantize_input: {fmt} needs x_scale, the static scale of the tensor")
-    if x_scale is not None and not takes:
-        raise ValueError(f"quantize_input: got x_scale, but the scales of {fmt} are dynamic")
-    if x_scale is not None and (not isinstance(x_scale, torch.Tensor) or x_scale.numel() != 1 or not x_scale.dtype.is_floating_point):
-        raise ValueError(f"quantize_input: x_scale is {x_scale!r}, expected a tensor with one floating-point value")
-    if x_scale is not None and not (x_scale.isfinite().all() and (x_scale > 0).all()):
-        raise ValueError(f"quantize_input: x_scale is {x_scale.item()}, expected a positive number")

@@ -177,6 +177,11 @@ def min_value(element):
     return min(v for v in value_list(element) if math.isfinite(v))
 
 
+def largest(element):
+    """The magnitude that a scale is made for: max_value, or 1 for one-bit signed integers."""
+    return max_value(element) or -min_value(element)
+
+
 def decode(codes, element):
     """values(element)[codes], exactly.
 
@@ -238,7 +243,7 @@ def encode(x, element, rounding="nearest_even", generator=None):
             "nearest_even": lambda: (clamped > middle) | ((clamped == middle) & even1 & ~even0),
             "nearest_zero": lambda: (clamped > middle) | ((clamped == middle) & (v1.abs() < v0.abs())),
             "nearest_away": lambda: (clamped > middle) | ((clamped == middle) & (v1.abs() > v0.abs())),
-            "truncate": lambda: (clamped >= v1) | ((clamped < 0) & (clamped > v0)),
+            "truncate": lambda: (clamped > v0) & (v1.abs() < v0.abs()),
             "stochastic": lambda: torch.rand(x.shape, dtype=torch.float64, generator=generator, device=x.device) * (v1 - v0) < clamped - v0,
         }[rounding]()
         index = lower + (upper | (clamped >= v1))

@@ -109,7 +109,7 @@ FORMATS = {
     "int3_g128": Format(Int(3), group=(1, 128)),
     "int2_g64": Format(Int(2), group=(1, 64)),
     "uint4z_g128": Format(Int(4, signed=False), group=(1, 128), zero="int"),
-    "uint4_g64_zfp16": Format(Int(4, signed=False), scale="fp16", group=(1, 64), zero="fp16"),
+    "uint4_g64_fp16_zfp16": Format(Int(4, signed=False), scale="fp16", group=(1, 64), zero="fp16"),
     "fp8": Format(NAMED["e4m3"]),
     "fp8_e5m2": Format(NAMED["e5m2"]),
     "fp8_e4m3_b128x128": Format(NAMED["e4m3"], group=(128, 128)),
@@ -196,3 +196,34 @@ def _parse_part(part):
     if match := re.fullmatch(r"h([1-9]\d*)", part):
         return "hadamard", int(match[1])
     raise ValueError(f"{part!r} is no part of a format name")
+
+
+def check_input_format(fmt, x_scale, operation):
+    """Refuse a format that activations cannot have, or an x_scale that does not belong to it. Reads no data.
+
+    Args:
+        x_scale: a tensor with one floating-point value, or None.
+        operation: the name that messages begin with.
+
+    Raises:
+        TypeError, ValueError: what was got, and what was expected.
+    """
+    element = fmt.element
+    if isinstance(element, Codebook) or not element.signed or (isinstance(element, Int) and element.bits < 2) or fmt.zero is not None:
+        raise ValueError(f"{operation}: x cannot be quantized to {fmt}: expected signed integers of 2 bits or more, or signed floats")
+    if fmt.group not in ((0, 0), (1, 0)) and (fmt.group[0] != 1 or fmt.group[1] == 0):
+        raise ValueError(f"{operation}: x cannot be quantized to {fmt}: expected scales by tensor, token or group")
+    if fmt.scale_2 is not None and (fmt.group[1] == 0 or (fmt.scale_2 == "channel" and fmt.scale != "e4m3")):
+        raise ValueError(f"{operation}: x cannot be quantized to {fmt}: expected scales by group under scale_2, and e4m3 under a token's")
+    static = fmt.group == (0, 0) or fmt.scale_2 == "tensor"
+    if x_scale is None:
+        if fmt.scale_2 == "tensor":
+            raise ValueError(f"{operation}: {fmt} needs x_scale, the static scale of the tensor")
+        return
+    if not static:
+        raise ValueError(f"{operation}: got x_scale, but the scales of {fmt} are dynamic")
+    if not isinstance(x_scale, torch.Tensor) or not x_scale.dtype.is_floating_point:
+        got = x_scale.dtype if isinstance(x_scale, torch.Tensor) else type(x_scale).__name__
+        raise TypeError(f"{operation}: x_scale is {got}, expected a floating-point tensor with one value")
+    if x_scale.numel() != 1:
+        raise ValueError(f"{operation}: x_scale has shape {tuple(x_scale.shape)}, expected one value")

@@ -43,7 +43,7 @@ def linear(x, w, bias=None, *, x_format=None, x_scale=None):
 
 def linear_variant(x, w, bias=None, *, x_format=None, x_scale=None, variant):
     """linear, with one of the VARIANTS by name."""
-    check_linear(x, w, bias, x_format)
+    check_linear(x, w, bias, x_format, x_scale)
     a, b = linear_operands(x, w, x_format=x_format, x_scale=x_scale, variant=variant)
     y = a @ b.T
     if bias is not None:
@@ -73,8 +73,10 @@ def linear_operands(x, w, *, x_format=None, x_scale=None, variant="exact"):
     return a, hadamard(b, w.format.hadamard) if w.format.hadamard and not rotated else b
 
 
-def check_linear(x, w, bias, x_format):
+def check_linear(x, w, bias, x_format, x_scale):
     """Raise TypeError or ValueError where linear's arguments do not fit each other; reads no data."""
+    if x_scale is not None and x_format is None:
+        raise ValueError("linear: got x_scale without x_format")
     name = f"weight {w.format}" if isinstance(w, QTensor) else "weight"
     if not isinstance(w, (QTensor, torch.Tensor)):
         raise TypeError(f"linear: w is {type(w).__name__}, expected a QTensor or a tensor")

@@ -1,11 +1,12 @@
 """QTensor: a quantized tensor as a plain frozen value."""
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch.utils import _pytree as pytree
 
-from .element import Int, value_list
+from .element import value_list
 from .format import SCALE_DTYPES, Format
 from .pack import words_per_row
 
@@ -55,7 +56,7 @@ pytree.register_pytree_node(
 def validate(q):
     """Check every invariant of a QTensor.
 
-    Reads the data too (codes of a group index in range, no NaN scale), so it synchronises with a GPU.
+    Reads the data too (padding bits, finite scales, groups in range), so it synchronises with a GPU; check_parts does not.
 
     Returns:
         q.
@@ -64,50 +65,69 @@ def validate(q):
         TypeError: q is no QTensor, or a part has the wrong dtype.
         ValueError: parts that disagree in shape or device, or values that mean nothing.
     """
-    if not isinstance(q, QTensor):
-        raise TypeError(f"validate: got {type(q).__name__}, expected a QTensor")
-    fmt, shape = q.format, tuple(q.shape)
-    if not isinstance(fmt, Format):
-        raise TypeError(f"validate: format is {type(fmt).__name__}, expected a Format")
-    if len(shape) < 2 or min(shape) < 0:
-        raise ValueError(f"validate: shape is {shape}, expected (..., n, k)")
-    *lead, n, k = shape
-    scale_dtype = SCALE_DTYPES[fmt.scale]
-    scale_shape = fmt.scale_shape(shape)
-    _part(fmt, "packed", q.packed, torch.int32, (*lead, n, words_per_row(k, fmt.element.bits)))
-    _part(fmt, "scale", q.scale, scale_dtype if isinstance(scale_dtype, torch.dtype) else torch.uint8, scale_shape)
-    zero_dtype = None if fmt.zero is None else torch.uint8 if fmt.zero == "int" else SCALE_DTYPES[fmt.zero]
-    _part(fmt, "zero", q.zero, zero_dtype, scale_shape)
-    second = {None: None, "tensor": (*lead, 1, 1), "channel": (*lead, n, 1)}[fmt.scale_2]
-    _part(fmt, "scale_2", q.scale_2, None if second is None else torch.float32, second)
-    if q.group_index is not None:
-        _part(fmt, "group_index", q.group_index, torch.int32, (k,))
-        if k and not 0 <= int(q.group_index.min()) <= int(q.group_index.max()) < scale_shape[-1]:
-            raise ValueError(
-                f"validate: group_index ranges from {int(q.group_index.min())} to {int(q.group_index.max())}, expected 0 to {scale_shape[-1] - 1}"
-            )
-    devices = {str(t.device) for t in (getattr(q, name) for name in TENSORS) if t is not None}
-    if len(devices) > 1:
-        raise ValueError(f"validate: parts are on {' and '.join(sorted(devices))}, expected one device")
-    if fmt.hadamard and k % fmt.hadamard:
-        raise ValueError(f"validate: k={k} is no multiple of the rotation's block {fmt.hadamard}")
-    if isinstance(scale_dtype, torch.dtype):
-        is_nan = q.scale.isnan()
-    else:
-        is_nan = torch.tensor([v != v for v in value_list(scale_dtype)], device=q.scale.device)[q.scale.long()]
-    if bool(is_nan.any()):
-        raise ValueError(f"validate: scale of {fmt} has NaN at {tuple(is_nan.nonzero()[0].tolist())}")
-    if fmt.zero == "int" and isinstance(fmt.element, Int) and q.zero.numel() and int(q.zero.max()) >= 2**fmt.element.bits:
+    check_parts(q, "validate")
+    fmt, k = q.format, q.shape[-1]
+    last = k * fmt.element.bits % 32
+    if last and bool((q.packed[..., -1].long() & 0xFFFFFFFF >= 2**last).any()):
+        raise ValueError(f"validate: packed of {fmt} has bits set behind the last code of a row (k={k})")
+    for name in ("scale", "zero", "scale_2"):
+        tensor = getattr(q, name)
+        if tensor is None or (name == "zero" and fmt.zero == "int"):
+            continue
+        if tensor.is_floating_point():
+            finite = tensor.isfinite()
+        else:
+            finite = torch.tensor([math.isfinite(v) for v in value_list(SCALE_DTYPES[fmt.scale])], device=tensor.device)[tensor.long()]
+        if not bool(finite.all()):
+            raise ValueError(f"validate: {name} of {fmt} is NaN or inf at {tuple((~finite).nonzero()[0].tolist())}")
+    if q.group_index is not None and k:
+        low, high, groups = int(q.group_index.min()), int(q.group_index.max()), q.scale.shape[-1]
+        if low < 0 or high >= groups:
+            raise ValueError(f"validate: group_index ranges from {low} to {high}, expected 0 to {groups - 1}")
+    if fmt.zero == "int" and q.zero.numel() and int(q.zero.max()) >= 2**fmt.element.bits:
         raise ValueError(f"validate: zero of {fmt} reaches {int(q.zero.max())}, expected at most {2**fmt.element.bits - 1}")
     return q
 
 
-def _part(fmt, name, tensor, dtype, shape):
-    if (tensor is None) != (dtype is None):
-        raise ValueError(f"validate: {fmt} has {'no ' if tensor is None else 'a '}{name}, expected {'none' if dtype is None else 'one'}")
-    if tensor is None:
-        return
-    if tensor.dtype != dtype:
-        raise TypeError(f"validate: {name} of {fmt} has dtype {tensor.dtype}, expected {dtype}")
-    if tuple(tensor.shape) != tuple(shape):
-        raise ValueError(f"validate: {name} of {fmt} has shape {tuple(tensor.shape)}, expected {tuple(shape)}")
+def check_parts(q, operation):
+    """The invariants of a QTensor that can be checked without reading its data.
+
+    Args:
+        operation: the name that messages begin with.
+
+    Raises:
+        TypeError, ValueError: as validate.
+    """
+    if not isinstance(q, QTensor):
+        raise TypeError(f"{operation}: got {type(q).__name__}, expected a QTensor")
+    fmt, shape = q.format, tuple(q.shape)
+    if not isinstance(fmt, Format):
+        raise TypeError(f"{operation}: format is {type(fmt).__name__}, expected a Format")
+    if len(shape) < 2 or min(shape) < 0:
+        raise ValueError(f"{operation}: weight {fmt} has shape {shape}, expected (..., n, k)")
+    *lead, n, k = shape
+    scale_dtype, scale_shape = SCALE_DTYPES[fmt.scale], fmt.scale_shape(shape)
+    zero_dtype = None if fmt.zero is None else torch.uint8 if fmt.zero == "int" else SCALE_DTYPES[fmt.zero]
+    expected = {
+        "packed": (torch.int32, (*lead, n, words_per_row(k, fmt.element.bits))),
+        "scale": (scale_dtype if isinstance(scale_dtype, torch.dtype) else torch.uint8, scale_shape),
+        "zero": (zero_dtype, scale_shape),
+        "scale_2": (fmt.scale_2 and torch.float32, (*lead, n if fmt.scale_2 == "channel" else 1, 1)),
+        "group_index": (None if q.group_index is None else torch.int32, (k,)),
+    }
+    for name, (dtype, part_shape) in expected.items():
+        tensor = getattr(q, name)
+        if (tensor is None) != (dtype is None):
+            raise ValueError(
+                f"{operation}: weight {fmt} has {'no ' if tensor is None else 'a '}{name}, expected {'none' if dtype is None else 'one'}"
+            )
+        if tensor is None:
+            continue
+        if tensor.dtype != dtype:
+            raise TypeError(f"{operation}: {name} of {fmt} has dtype {tensor.dtype}, expected {dtype}")
+        if tuple(tensor.shape) != part_shape:
+            raise ValueError(f"{operation}: {name} of {fmt} has shape {tuple(tensor.shape)}, expected {part_shape}")
+        if tensor.device != q.packed.device:
+            raise ValueError(f"{operation}: packed of {fmt} is on {q.packed.device}, {name} on {tensor.device} (both must match)")
+    if fmt.hadamard and k % fmt.hadamard:
+        raise ValueError(f"{operation}: k={k} is no multiple of the rotation's block {fmt.hadamard} in {fmt}")

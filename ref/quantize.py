@@ -2,7 +2,7 @@
 
 import torch
 
-from .element import decode, encode
+from .element import decode, encode, largest
 from .format import parse_format
 from .hadamard import hadamard
 from .pack import pack, unpack
@@ -103,8 +103,9 @@ def second_scale(x, fmt):
         return None
     axes = (-2, -1) if fmt.scale_2 == "tensor" else (-1,)
     amax = x.abs().amax(axes, keepdim=True) if x.numel() else x.new_zeros(*x.shape[:-2], 1 if fmt.scale_2 == "tensor" else x.shape[-2], 1)
-    top = max(abs(v) for v in decode(torch.arange(2**fmt.element.bits), fmt.element).nan_to_num(0, 0, 0).tolist())
-    return torch.where(amax == 0, 1.0, amax / (top * SCALE_2_TOP[fmt.scale])).to(torch.float32)
+    # Bounded on both sides, as x may be: scale_2 is a finite float32 and not zero.
+    scale_2 = (amax / (largest(fmt.element) * SCALE_2_TOP[fmt.scale])).clamp(2.0**-149, torch.finfo(torch.float32).max)
+    return torch.where(amax == 0, 1.0, scale_2).to(torch.float32)
 
 
 def _ratio(x, step):

@@ -8,7 +8,7 @@ group of zeros takes scale 1 (power-of-two rules: the smallest).
 
 import torch
 
-from .element import Float, Int, decode, encode, max_value, min_value
+from .element import Float, Int, decode, encode, largest
 from .format import SCALE_DTYPES
 from .scale import decode_scale, encode_scale
 
@@ -21,7 +21,7 @@ MSE_STEPS, MSE_SHRINK, MSE_NORM = 80, 0.01, 2.4
 
 def absmax(tiles, valid, fmt):
     """scale = max|w| / the largest value (int4: 7, e2m1: 6, e4m3: 448; one-bit integers, {-1, 0}: 1)."""
-    return _amax(tiles, max_value(fmt.element) or -min_value(fmt.element)), _low(tiles)
+    return _amax(tiles, largest(fmt.element)), _low(tiles)
 
 
 def full_range(tiles, valid, fmt):
@@ -49,7 +49,9 @@ def mx_ceil(tiles, valid, fmt):
 
 def mx_rceil(tiles, valid, fmt):
     """scale = 2^ceil(log2(max|w| / the largest value)), the quotient rounded to float32: nothing saturates."""
-    return _power_of_two(_ceil_log2((_peak(tiles) / max_value(fmt.element)).float().double())), _low(tiles)
+    return _power_of_two(
+        _ceil_log2((_peak(tiles) / largest(fmt.element)).clamp(max=torch.finfo(torch.float32).max).float().double())
+    ), _low(tiles)
 
 
 def mx_even(tiles, valid, fmt):
@@ -70,16 +72,14 @@ def negative_scale(tiles, valid, fmt):
     """Humming's: the larger side takes code 0 (value -2^(b-1)), by a negative scale where that side is positive.
 
     scale = max(M / 2^(b-1), m / (2^(b-1) - 1)), M and m the larger and the smaller of max w and -min w (one bit: divisors
-    1.499 and 0.499), negated where max w > -min w. A scale dtype without a sign keeps scale = max(-min w / 2^(b-1), max w / (2^(b-1) - 1)).
+    1.499 and 0.499), negated where max w > -min w. A scale dtype without a sign keeps the scale positive: then +M saturates.
     """
     _needs(isinstance(fmt.element, Int) and fmt.element.signed, "negative_scale", fmt, "a signed integer element")
     half = 2 ** (fmt.element.bits - 1)
     bottom, top = (1.499, 0.499) if half == 1 else (half, half - 1)
     high, low = tiles.amax(-1).clamp(min=0), -tiles.amin(-1).clamp(max=0)
-    if _unsigned(fmt.scale):
-        return _nonzero(torch.maximum(low / bottom, high / top)), -low
     scale = torch.maximum(torch.maximum(high, low) / bottom, torch.minimum(high, low) / top)
-    return _nonzero(torch.where(high > low, -scale, scale)), -low
+    return _nonzero(torch.where((high > low) & (not _unsigned(fmt.scale)), -scale, scale)), -low
 
 
 def mse(tiles, valid, fmt):
@@ -157,7 +157,7 @@ def _ceil_log2(x):
 
 
 def _emax(fmt):
-    return int(_floor_log2(torch.tensor(max_value(fmt.element), dtype=torch.float64)))
+    return int(_floor_log2(torch.tensor(largest(fmt.element), dtype=torch.float64)))
 
 
 def _power_of_two(exponent):

@@ -24,7 +24,7 @@ def decode_scale(scale, name):
 
 
 def round_up(scale, name):
-    """Stored scales, rounded away from zero; the largest where none is large enough."""
+    """Positive scales as they are stored, rounded up; the largest where none is large enough."""
     stored = encode_scale(scale, name)
     bits = stored.view({4: torch.int32, 2: torch.int16, 1: torch.uint8}[stored.element_size()])
     above = (bits + 1).view(stored.dtype)

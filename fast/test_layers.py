@@ -1,0 +1,150 @@
+"""The law of the layers: who imports what, the same signatures in ref and fast, and an import that loads nothing heavy."""
+
+import ast
+import inspect
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import fast
+import ref
+
+ROOT = Path(__file__).parent.parent
+# What fast may take from ref: types, names, and the tables that say what a code is; nothing that computes values.
+REF_TYPES = {
+    "ref.element": {"Int", "Float", "Codebook", "NAMED", "parse_element", "value_list", "values", "max_value", "min_value"},
+    "ref.format": {"Format", "FORMATS", "SCALE_DTYPES", "ZERO_DTYPES", "parse_format"},
+    "ref.qtensor": {"QTensor", "TENSORS", "validate"},
+}
+# Modules that may import one more package than their layer: the one that opens files, a command line.
+EXCEPTIONS = {"safetensors": ("ref/layouts/",), "tqdm": ("ref/__main__.py", "ref/layouts/")}
+
+
+def sources(package):
+    """The package's modules, without its tests."""
+    return [p for p in sorted((ROOT / package).rglob("*.py")) if not p.name.startswith(("test_", "conftest"))]
+
+
+def imports(path):
+    """(module, names or None, whether at the top level) of every import statement, relative ones resolved."""
+    tree = ast.parse(path.read_text())
+    package = path.relative_to(ROOT).parent.parts
+    top = {id(node) for node in tree.body}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, None, id(node) in top) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = ".".join((*package[: len(package) - node.level + 1], *filter(None, [node.module]))) if node.level else node.module
+            yield base, {alias.name for alias in node.names}, id(node) in top
+
+
+def where(path):
+    return str(path.relative_to(ROOT))
+
+
+@pytest.mark.parametrize("path", sources("ref"), ids=where)
+def test_ref_imports_torch_einops_and_the_standard_library(path):
+    for module, _, _ in imports(path):
+        package = module.split(".")[0]
+        legal = package in {"torch", "einops", "ref"} or package in sys.stdlib_module_names
+        assert legal or where(path).startswith(EXCEPTIONS.get(package, ())), f"{where(path)} imports {module}"
+
+
+@pytest.mark.parametrize("path", sources("fast"), ids=where)
+def test_fast_imports_types_from_ref_and_no_oracle(path):
+    for module, names, at_top in imports(path):
+        package = module.split(".")[0]
+        legal = package in {"torch", "ref", "fast", "triton", "humming"} or package in sys.stdlib_module_names
+        assert legal or not at_top, f"{where(path)} imports {module}, which is no dependency"
+        assert package not in {"conformance", "hypothesis", "pytest"}, f"{where(path)} imports {module}"
+        if package == "ref":
+            assert module in REF_TYPES, f"{where(path)} imports {module}"
+            assert names is not None and names <= REF_TYPES[module], f"{where(path)} imports {names} from {module}"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "fast").glob("*.py")), ids=where)
+def test_triton_and_humming_stay_in_their_packages(path):
+    """fast's own files, which import fast loads, name neither; the registry in dispatch imports implementations by name."""
+    for module, _, _ in imports(path):
+        assert not module.startswith(("triton", "humming", "fast.triton", "fast.humming", "fast.cublas")) or path.name.startswith(
+            "test_"
+        ), module
+
+
+@pytest.mark.parametrize("path", sources("conformance"), ids=where)
+def test_conformance_knows_candidates_by_name_only(path):
+    for module, _, _ in imports(path):
+        assert module.split(".")[0] not in {"fast", "triton", "humming"}, f"{where(path)} imports {module}"
+
+
+def test_the_imports_are_read_as_python_reads_them():
+    found = set()
+    for path in sources("fast"):
+        found |= {module for module, _, _ in imports(path)}
+    assert {"ref.qtensor", "ref.format", "fast.dispatch", "torch"} <= found
+
+
+PAIRS = sorted(name for name in set(ref.__all__) & set(fast.__all__) if inspect.isfunction(getattr(ref, name)))
+ADDED = {"impl": None, "deterministic": True, "out": None}
+
+
+def test_pairs_exist():
+    assert {"linear", "dequantize", "hadamard", "quantize_input"} <= set(PAIRS)
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_the_same_signature(name):
+    """fast adds impl, deterministic and out, by keyword, with their defaults; nothing else differs."""
+    theirs, ours = (inspect.signature(getattr(module, name)).parameters for module in (ref, fast))
+    added = {p: ours[p] for p in ours if p not in theirs}
+    assert [(p.name, p.kind, p.default) for p in ours.values() if p.name in theirs] == [
+        (p.name, p.kind, p.default) for p in theirs.values()
+    ]
+    assert added.keys() <= ADDED.keys()
+    assert all(p.kind is p.KEYWORD_ONLY and p.default is ADDED[p.name] for p in added.values())
+
+
+def test_public_names_exist_and_are_documented():
+    for module in (ref, fast):
+        for name in module.__all__:
+            thing = getattr(module, name)
+            assert not callable(thing) or thing.__doc__, f"{module.__name__}.{name}"
+
+
+def python(code):
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=120)
+
+
+HEAVY = ("triton", "humming", "hypothesis", "pytest", "conformance", "safetensors", "tqdm", "torch._dynamo", "torch._inductor")
+MEASURE = f"""
+import sys, time, torch
+before, start = set(sys.modules), time.perf_counter()
+import ref
+alone = "fast" not in sys.modules
+import fast
+print(time.perf_counter() - start, alone, [m for m in sorted(set(sys.modules) - before) if m.startswith({HEAVY!r})])
+"""
+
+
+def test_an_import_is_silent_and_quick_and_loads_nothing_heavy():
+    """ref does not need fast; both together take less than 0.3 s beyond torch: the least of several, as the machine does other things too."""
+    times = []
+    while len(times) < 5 and min(times, default=1) >= 0.3:
+        done = python(MEASURE)
+        seconds, rest = done.stdout.split(" ", 1)
+        assert (done.returncode, done.stderr, rest) == (0, "", "True []\n")
+        times.append(float(seconds))
+    assert min(times) < 0.3, times
+
+
+def test_an_import_needs_nothing_but_torch_and_einops():
+    done = python(f"""
+import sys
+sys.modules.update(dict.fromkeys({[m for m in HEAVY if "." not in m]!r}))  # None: an import of it fails
+import ref, fast, torch
+q = ref.quantize(torch.ones(2, 32), "int4")
+print(ref.linear(torch.ones(1, 32), q).tolist(), fast.linear(torch.ones(1, 32), q).tolist())
+""")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "[[32.0, 32.0]] [[32.0, 32.0]]\n", "")

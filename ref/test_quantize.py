@@ -1,0 +1,268 @@
+"""Quantize takes the nearest code whatever the rule, dequantize is exact, and what is no weight is refused."""
+
+import math
+from fractions import Fraction
+
+import pytest
+import torch
+
+from .element import Float, Int, encode, value_list, values
+from .format import FORMATS, SCALE_DTYPES, parse_format
+from .hadamard import hadamard
+from .pack import pack, unpack
+from .qtensor import TENSORS, QTensor, validate
+from .quantize import dequantize, quantize
+from .rounding import round_to
+from .rule import RULES
+from .scale import decode_scale, encode_scale
+
+NAMES = [*(n for n in FORMATS if n != "fp8_e4m3_b128x128"), "fp8_e4m3_b8x32", "int1_g32", "int2_tensor", "uint3z_b8x16_bf16", "fp4_e0m3_g64_h8", "uint5_g32_zfp32", "int4_g32_ue5m3", "iq4nl_g32_fp16",
+         "int8_channel2_g16_e5m2", "fp6_e2m3_b0x32", "fp8_tensor", "int7_g24", "fp8_e4m3_channel2_bf16_g48", "uint8_zbf16", "fp4_g16_ue5m3"]  # fmt: skip
+
+
+def normal(*shape, seed=0, dtype=torch.float32):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def codes_of(q):
+    return unpack(q.packed, q.format.element.bits, q.shape[-1])
+
+
+def applies(rule, fmt):
+    signed_int = isinstance(fmt.element, Int) and fmt.element.signed
+    needs = {"full_range": signed_int, "negative_scale": signed_int, "minmax": fmt.zero is not None,
+             "mx_even": isinstance(fmt.element, Float), "two_level": fmt.scale_2 is not None}  # fmt: skip
+    return needs.get(rule, True)
+
+
+def candidates(q):
+    """float64 (n, k, 2^bits): the weight that each code would stand for, with the scales that q stores."""
+    n, k = q.shape
+    gn, gk = q.format.group
+    row, column = torch.arange(n) // (gn or max(n, 1)), torch.arange(k) // (gk or max(k, 1))
+
+    def spread(t):
+        return t[row][:, column][..., None]
+
+    grid = values(q.format.element).expand(n, k, -1)
+    grid = grid - (0 if q.zero is None else spread(q.zero.double()))
+    grid = grid * spread(decode_scale(q.scale, q.format.scale))
+    return grid if q.scale_2 is None else grid * q.scale_2.double()[..., None]
+
+
+def assert_nearest(q, w):
+    """No other code comes closer to w; exact but for the eight float64 roundings on the way (w / step, + zero, and these distances)."""
+    x = (hadamard(w.double(), q.format.hadamard) if q.format.hadamard else w.double())[..., None]
+    grid = candidates(q)
+    distance = (grid - x).abs().nan_to_num(math.inf)
+    chosen = distance.gather(-1, codes_of(q).long()[..., None])
+    size = x.abs() + grid.abs().nan_to_num(0, 0, 0).amax(-1, keepdim=True)
+    assert (chosen <= distance.amin(-1, keepdim=True) + 8 * 2.0**-53 * size).all()
+
+
+def groups(w, fmt):
+    """The weights of each group, written as loops: {(i, j): float64 numpy}."""
+    n, k = w.shape
+    gn, gk = fmt.group[0] or n, fmt.group[1] or k
+    return {
+        (i, j): w[i * gn : (i + 1) * gn, j * gk : (j + 1) * gk].double().numpy() for i in range(-(-n // gn)) for j in range(-(-k // gk))
+    }
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("name", NAMES)
+def test_every_rule_on_every_format(rule, name):
+    fmt, w = parse_format(name), normal(5, 80)
+    if not applies(rule, fmt):
+        with pytest.raises(ValueError, match=f"quantize: rule '{rule}' needs .*, and {fmt} has none"):
+            quantize(w, fmt, rule=rule)
+        return
+    q = validate(quantize(w, fmt, rule=rule))
+    assert q.format == fmt and q.shape == (5, 80)
+    assert_nearest(q, w)
+
+
+def test_experts_have_their_own_second_scale():
+    w = normal(3, 8, 64) * torch.tensor([1.0, 10.0, 0.1])[:, None, None]
+    for name in ("nvfp4", "int4_g128", "mxfp4", "fp8_e4m3_b128x128", "uint4z_g128", "fp8_tensor"):
+        whole = validate(quantize(w, name))
+        assert whole.shape == (3, 8, 64)
+        for e in range(3):
+            alone = quantize(w[e], name)
+            for part in TENSORS[:4]:
+                if getattr(alone, part) is not None:
+                    assert torch.equal(getattr(whole, part)[e], getattr(alone, part)), part
+            assert torch.equal(dequantize(whole)[e], dequantize(alone))
+
+
+QUICK_RULES = [rule for rule in RULES if rule != "mse"]
+
+
+@pytest.mark.parametrize("rule", QUICK_RULES)
+@pytest.mark.parametrize("name", NAMES)
+def test_zeros(name, rule):
+    """A group of zeros takes scale 1, or the smallest power of two, and stays zero."""
+    fmt = parse_format(name)
+    if not applies(rule, fmt):
+        return
+    q = validate(quantize(torch.zeros(4, 64), fmt, rule=rule))
+    power = rule.startswith("mx_")
+    assert torch.equal(q.scale, encode_scale(torch.full_like(q.scale, 2.0**-127 if power else 1.0, dtype=torch.float64), fmt.scale))
+    w = normal(4, 96)
+    w[:, 32:] = 0
+    partly = validate(quantize(w, fmt, rule=rule))
+    assert dequantize(partly).isfinite().all()
+    if 0 in value_list(fmt.element):
+        assert not dequantize(q).any()
+        if fmt.group[0] == 1 and 0 < fmt.group[1] <= 32:
+            assert not dequantize(partly)[:, 64:].any()
+
+
+SIZES = [2.0**-149, 1e-38, 65504.0, 3e38, 1e-300, 1e300]
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("name", NAMES)
+def test_tiny_and_huge_weights(name, size, rules=QUICK_RULES):
+    """Finite weights stay finite, whatever their size; what is out of reach of the scale's dtype saturates."""
+    fmt = parse_format(name)
+    w = normal(2, 64).clamp(-1, 1).double() * size
+    w = w.float() if w.float().isfinite().all() and w.float().any() else w
+    for rule in rules:
+        if applies(rule, fmt):
+            q = validate(quantize(w, fmt, rule=rule))
+            assert q.scale_2 is None or q.scale_2.isfinite().all(), rule
+            assert dequantize(q).isfinite().all(), rule
+
+
+@pytest.mark.parametrize("size", [2.0**-149, 3e38, 1e300])
+@pytest.mark.parametrize("name", ["int4_g32", "uint4z_g32", "uint4_g64_zfp16", "mxfp4", "nvfp4"])
+def test_tiny_and_huge_weights_under_mse(name, size):
+    test_tiny_and_huge_weights(name, size, rules=["mse"])
+
+
+@pytest.mark.parametrize("name", ["int4_g32", "uint4z_g32", "fp8", "nf4_g64", "mxfp4", "nvfp4"])
+def test_a_scale_that_is_a_power_of_two_changes_nothing_else(name):
+    w = normal(8, 64)
+    a, b = quantize(w, name), quantize(w * 2.0**-90, name)
+    assert torch.equal(a.packed, b.packed) and torch.equal(dequantize(a) * 2.0**-90, dequantize(b))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_weights_of_any_float_dtype(dtype):
+    w = normal(4, 64).to(dtype)
+    a, b = quantize(w, "int4_g32"), quantize(w.double(), "int4_g32")
+    assert torch.equal(a.packed, b.packed) and torch.equal(a.scale, b.scale)
+
+
+def test_weights_are_left_alone_and_carry_no_gradient():
+    w = normal(8, 64).T.requires_grad_()
+    before = w.detach().clone()
+    q = quantize(w, "int4_h4")
+    assert torch.equal(w.detach(), before) and not q.scale.requires_grad
+    assert torch.equal(q.packed, quantize(before.contiguous(), "int4_h4").packed)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_weights_that_are_no_numbers_are_refused(bad):
+    w = normal(3, 8)
+    w[2, 5] = bad
+    with pytest.raises(ValueError, match=rf"quantize: w is {bad} at \(2, 5\), expected finite numbers"):
+        quantize(w, "int4")
+
+
+def test_quantize_errors():
+    w = normal(4, 8)
+    for wrong in (w.int(), w.to(torch.float8_e4m3fn), [[1.0]], None):
+        with pytest.raises(TypeError, match="quantize: w is"):
+            quantize(wrong, "int4")
+    with pytest.raises(ValueError, match=r"w has shape \(8,\), expected"):
+        quantize(w[0], "int4")
+    with pytest.raises(ValueError, match=r"unknown name 'int44'.*the nearest is 'int4'"):
+        quantize(w, "int44")
+    with pytest.raises(ValueError, match="quantize: unknown rule 'maxabs', expected one of absmax"):
+        quantize(w, "int4", rule="maxabs")
+    with pytest.raises(ValueError, match="unknown rounding"):
+        quantize(w, "int4", rounding="up")
+    with pytest.raises(ValueError, match="generator"):
+        quantize(w, "int4", rounding="stochastic")
+    with pytest.raises(ValueError, match="block=16 and k=8"):
+        quantize(w, "int4_h16")
+
+
+def test_rounding_of_the_codes():
+    w = torch.tensor([[6.0, 2.5, -2.5, 0.25]])
+    q = {
+        r: dequantize(quantize(w, "fp4_e2m1", rounding=r))[0].tolist() for r in ("nearest_even", "nearest_zero", "nearest_away", "truncate")
+    }
+    assert q == {"nearest_even": [6, 2, -2, 0], "nearest_zero": [6, 2, -2, 0], "nearest_away": [6, 3, -3, 0.5], "truncate": [6, 2, -2, 0]}
+    a, b = (quantize(normal(8, 8), "int4", rounding="stochastic", generator=torch.Generator().manual_seed(s)) for s in (1, 1))
+    assert torch.equal(a.packed, b.packed)
+
+
+@pytest.mark.parametrize("shape", [(0, 8), (8, 0), (0, 0), (1, 1), (2, 3, 40), (0, 4, 8)])
+@pytest.mark.parametrize("name", FORMATS)
+def test_any_shape(name, shape):
+    q = validate(quantize(torch.ones(shape), name))
+    assert dequantize(q).shape == shape and unpack(q.packed, q.format.element.bits, shape[-1]).shape == shape
+
+
+def random_qtensor(fmt, n, k, seed, group_index=False):
+    """Every code at random, with scales and zero points that no rule would choose."""
+    g = torch.Generator().manual_seed(seed)
+    shape, target = fmt.scale_shape((n, k)), SCALE_DTYPES[fmt.scale]
+
+    def floats(shape, dtype):
+        return (torch.randn(shape, generator=g) * torch.randn(shape, generator=g).mul(3).exp()).to(dtype)
+
+    scale = floats(shape, target) if isinstance(target, torch.dtype) else encode(floats(shape, torch.float64).abs(), target)
+    zero = None
+    if fmt.zero is not None:
+        zero = (
+            torch.randint(2**fmt.element.bits, shape, generator=g).to(torch.uint8)
+            if fmt.zero == "int"
+            else floats(shape, SCALE_DTYPES[fmt.zero])
+        )
+    second = {None: None, "tensor": (1, 1), "channel": (n, 1)}[fmt.scale_2]
+    finite = torch.tensor([c for c, v in enumerate(value_list(fmt.element)) if math.isfinite(v)])
+    codes = finite[torch.randint(len(finite), (n, k), generator=g)]
+    index = torch.randint(shape[-1], (k,), generator=g).int() if group_index else None
+    return QTensor(
+        fmt, (n, k), pack(codes, fmt.element.bits), scale, zero, None if second is None else floats(second, torch.float32), index
+    )
+
+
+def significant_bits(v):
+    return (abs(v.numerator) // (abs(v.numerator) & -abs(v.numerator) or 1)).bit_length()
+
+
+@pytest.mark.parametrize("group_index", [False, True])
+@pytest.mark.parametrize("name", [n for n in NAMES if "_h" not in n])
+def test_dequantize_is_exact(name, group_index):
+    fmt, n, k = parse_format(name), 5, 70
+    q = validate(random_qtensor(fmt, n, k, seed=1, group_index=group_index))
+    gn, gk = fmt.group[0] or n, fmt.group[1] or k
+    scale, codes = decode_scale(q.scale, fmt.scale), codes_of(q).tolist()
+    got, inexact = dequantize(q).tolist(), 0
+    for i in range(n):
+        for j in range(k):
+            g = (i // gn, int(q.group_index[j]) if group_index else j // gk)
+            value = Fraction(value_list(fmt.element)[codes[i][j]]) - (0 if q.zero is None else Fraction(q.zero[g].item()))
+            second = Fraction(1) if q.scale_2 is None else Fraction(q.scale_2[i if len(q.scale_2) > 1 else 0, 0].item())
+            factors = (value, Fraction(scale[g].item()), second)
+            exact = factors[0] * factors[1] * factors[2]
+            if sum(map(significant_bits, factors)) <= 53:
+                assert Fraction(got[i][j]) == exact
+            else:  # a difference and two products, each rounded
+                inexact += 1
+                assert abs(Fraction(got[i][j]) - exact) <= abs(exact) * 4 * Fraction(2) ** -53
+    assert not inexact or fmt.scale_2 or fmt.zero not in (None, "int")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_dequantize_rounds_once(dtype):
+    for name in ("int4_g32", "nvfp4", "uint4_g64_zfp16", "fp4_e0m3_g64_h8"):
+        q = quantize(normal(8, 128), name)
+        assert torch.equal(dequantize(q, dtype), round_to(dequantize(q), dtype))
+    trap = QTensor(parse_format("int8"), (1, 1), pack(torch.tensor([[128 + 3]]), 8), torch.tensor([[(1 + 2.0**-11 + 2.0**-23) / 3]]))
+    assert dequantize(trap, dtype).item() == round_to(dequantize(trap), dtype).item()
