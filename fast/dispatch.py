@@ -126,6 +126,18 @@ def call_kind(x, bias, x_format, x_scale, impl, deterministic):
     return x.dtype, x_format, impl, deterministic, bias is None, x_scale is None
 
 
+# Kernels that differ above this many rows compile at their first call.
+WARM_UP_ROWS = 4096
+
+
+def _warm_up(plan, prepared, kind, m):
+    """Run a plan once where that makes it compile."""
+    if prepared.device.type == "cuda" and prepared.n and prepared.k:
+        x = torch.zeros(m, prepared.k, dtype=kind[0], device=prepared.device)
+        bias, x_scale = (None if none else torch.ones(size, device=prepared.device) for none, size in ((kind[4], prepared.n), (kind[5], 1)))
+        plan.run(x, bias, x_scale, x.new_empty(m, prepared.n))
+
+
 _PREPARED = weakref.WeakKeyDictionary()
 
 
@@ -176,9 +188,12 @@ def prepare(w, *, x_dtype=torch.bfloat16, x_format=None, static_scale=False, bia
         raise TypeError(f"prepare: x_dtype is {x_dtype}, expected torch.float16, torch.bfloat16 or torch.float32")
     kind = (x_dtype, x_format, impl, deterministic, not bias, not static_scale)
     prepared.open(kind, torch.ones(1, device=prepared.device) if static_scale else None)
-    buckets = range(BUCKETS) if m is None else sorted({bucket_of(rows) for rows in ([m] if isinstance(m, int) else m)})
+    numbers = [m] if isinstance(m, int) else m
+    if numbers is not None and (not numbers or not all(isinstance(rows, int) and rows >= 0 for rows in numbers)):
+        raise ValueError(f"prepare: m is {m!r}, expected one or several numbers of rows, or None for any")
+    buckets = range(BUCKETS) if numbers is None else sorted({bucket_of(rows) for rows in numbers})
     for bucket in buckets:
-        prepared.plan(kind, bucket)
+        _warm_up(prepared.plan(kind, bucket), prepared, kind, min(2**bucket, WARM_UP_ROWS))
     prepared.q = None
     prepared.made.clear()
     return prepared

@@ -40,11 +40,7 @@ def linear(x, w, bias=None, *, x_format=None, x_scale=None, impl=None, determini
         return ops.call(x, w, bias, x_format, x_scale, impl, deterministic, out)
     if not isinstance(w, (QTensor, Prepared)):
         return _plain(x, w, bias, x_format, x_scale, impl, out)
-    if len(w.shape) != 2 or not _fits(x, w.shape, bias):
-        _refuse(x, w, bias)
-    prepared = remember(w)
-    if x.device != prepared.device or (x_scale is not None and not _scale_fits(x_scale, x)):
-        _refuse(x, w, bias, x_scale)
+    prepared = _prepared_for(x, w, bias, x_scale)
     if x.requires_grad and torch.is_grad_enabled():
         raise NotImplementedError(NO_GRADIENT)
     kind = call_kind(x, bias, x_format, x_scale, impl, deterministic)
@@ -79,11 +75,12 @@ def why_not(op, x, w, bias=None, *, x_format=None, x_scale=None, impl, determini
     if op != "linear":
         raise ValueError(f"why_not: unknown operation {op!r}, expected 'linear'")
     module = implementation(impl)
-    if isinstance(w, torch.Tensor):
-        return None if impl == "torch" else f"{impl!r} takes quantized weights; a plain tensor goes to torch.nn.functional.linear"
-    if len(w.shape) != 2 or not _fits(x, w.shape, bias):
-        _refuse(x, w, bias)
-    prepared = remember(w)
+    if not isinstance(w, (QTensor, Prepared)):
+        _check_plain(x, w)
+        if x_format is None and x_scale is None and impl == "torch":
+            return None
+        return "x_format, x_scale and implementations are for quantized weights; a plain tensor goes to torch.nn.functional.linear"
+    prepared = _prepared_for(x, w, bias, x_scale)
     kind = call_kind(x, bias, x_format, x_scale, impl, deterministic)
     prepared.open(kind, x_scale)
     request = prepared.request(kind)
@@ -92,8 +89,7 @@ def why_not(op, x, w, bias=None, *, x_format=None, x_scale=None, impl, determini
 
 
 def _plain(x, w, bias, x_format, x_scale, impl, out):
-    if not isinstance(w, torch.Tensor):
-        raise TypeError(f"linear: w is {type(w).__name__}, expected a QTensor, a Prepared or a tensor")
+    _check_plain(x, w)
     if x_format is not None or x_scale is not None or impl not in (None, "torch"):
         raise NotImplementedError(
             "linear: w is a plain tensor: x_format, x_scale and impl are for quantized weights (ref.quantize makes one)"
@@ -102,6 +98,26 @@ def _plain(x, w, bias, x_format, x_scale, impl, out):
         return torch.nn.functional.linear(x, w, bias)
     _check_out(out, x, w.shape[0])
     return out.copy_(torch.nn.functional.linear(x, w, bias))
+
+
+def _check_plain(x, w):
+    """Refuse what is no tensor or does not fit; dtypes are torch.nn.functional.linear's business."""
+    if not isinstance(w, torch.Tensor):
+        raise TypeError(f"linear: w is {type(w).__name__}, expected a QTensor, a Prepared or a tensor")
+    if not isinstance(x, torch.Tensor):
+        raise TypeError(f"linear: x is {type(x).__name__}, expected a tensor")
+    if x.dim() and w.dim() and x.shape[-1] != w.shape[-1]:
+        raise ValueError(f"linear: x has k={x.shape[-1]}, weight has k={w.shape[-1]} (both must match)")
+
+
+def _prepared_for(x, w, bias, x_scale):
+    """The prepared weight of a call, after the checks that every call has to pass; they read no data."""
+    if len(w.shape) != 2 or not _fits(x, w.shape, bias):
+        _refuse(x, w, bias)
+    prepared = remember(w)
+    if x.device != prepared.device or (x_scale is not None and not _scale_fits(x_scale, x)):
+        _refuse(x, w, bias, x_scale)
+    return prepared
 
 
 def _fits(x, shape, bias):

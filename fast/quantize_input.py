@@ -20,6 +20,9 @@ def quantize_input(x, format, x_scale=None):
     """
     fmt = parse_format(format)
     check_input_format(fmt, x_scale, "quantize_input")
+    if not isinstance(x, torch.Tensor) or x.dtype not in (torch.float16, torch.bfloat16, torch.float32) or x.dim() < 1:
+        got = f"{x.dtype} {tuple(x.shape)}" if isinstance(x, torch.Tensor) else type(x).__name__
+        raise TypeError(f"quantize_input: x is {got}, expected float16, bfloat16 or float32 of shape (..., k)")
     rows = x.reshape(-1, x.shape[-1]) if x.shape[-1] else x.reshape(x.shape[:-1].numel(), 0)
     steps, scale, scale_2 = _scales(_rotated(rows, fmt), fmt, x_scale)
     units, exponent = _round(_rotated(rows, fmt) / steps, fmt.element)

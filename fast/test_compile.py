@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch._dynamo.testing
 
 import fast
 import fast.ops
@@ -41,16 +42,52 @@ def test_compiled_with_every_kind_of_weight(compiled):
 
 
 def test_compiled_with_a_prepared_weight(compiled):
-    x, q = normal(3, 40), weight("int4_g16", 5, 40)
-    assert same(compiled(x, fast.prepare(q, x_dtype=torch.float32), None), fast.linear(x, q) * 2)
+    q, bias = weight("int4_g16", 5, 40), normal(5)
+    plain, with_bias = fast.prepare(q), fast.prepare(q, x_format="int8_token", bias=True)
+    for shape in ((3, 40), (2, 3, 40), (40,)):
+        x = normal(*shape, dtype=torch.bfloat16)
+        assert same(compiled(x, plain, None), fast.linear(x, plain) * 2)
+        y = fast.linear(x, with_bias, bias, x_format="int8_token")
+        assert same(compiled(x, with_bias, bias, x_format="int8_token"), y * 2)
+    other = fast.prepare(replace(q, scale=q.scale * 3))
+    assert same(compiled(x, other, None), fast.linear(x, other) * 2)
+
+
+def test_compiled_weights_are_forgotten(compiled):
+    """With their last reference, as eager ones are; the compiled code that has seen them lives on."""
+    q, x = weight("int4_g16", 5, 40), normal(3, 40)
+    p = fast.prepare(q, x_dtype=torch.float32)
+    compiled(x, q, None), compiled(x, p, None)
+    alive = [weakref.ref(thing) for thing in (q, q.packed, q.scale, p)]
+    del q, p
+    gc.collect()
+    assert [a() for a in alive] == [None] * 4
+    q = weight("int4_g16", 5, 40)
+    assert same(compiled(x, q, None), fast.linear(x, q) * 2)
 
 
 def test_compiled_tells_apart_weights_that_share_their_codes(compiled):
     """The same packed codes and scales, read as another format."""
     x, q = normal(3, 40), weight("int4", 5, 40)
     other = ref.validate(replace(q, format=ref.parse_format("fp4_e2m1")))
-    for w in (q, other, q):
+    assert other.packed is q.packed and other.scale is q.scale and not same(fast.linear(x, other), fast.linear(x, q))
+    for w in (q, other, q, replace(q, scale=q.scale * 3), other):
         assert same(compiled(x, w, None), fast.linear(x, w) * 2)
+
+
+@pytest.mark.parametrize("name", ["int4_g128", "int4_g16"])
+def test_compiled_once_for_all_weights_of_a_format(name):
+    """Weights are inputs of the graph: another of the same format and shape compiles nothing, whether or not FORMATS lists the format."""
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounter()
+    compiled = torch.compile(lambda x, w: fast.linear(x, w), fullgraph=True, backend=counter)
+    x = normal(3, 40)
+    with torch.no_grad():
+        for seed in range(3):
+            q = ref.quantize(normal(5, 40, seed=seed), name)
+            assert same(compiled(x, q), ref.linear(x, q))
+    torch._dynamo.reset()
+    assert counter.frame_count == 1
 
 
 def test_compiled_codebook_of_ones_own(compiled):
@@ -73,6 +110,30 @@ def test_compiled_refuses_an_out_that_does_not_fit(compiled):
         compiled(normal(1, 40), weight("int4_g16", 5, 40), None, out=torch.empty(3, 5))
 
 
+def test_compiled_refuses_what_x_cannot_be(compiled):
+    with pytest.raises(Exception, match="linear: x cannot be quantized to nf4"):
+        compiled(normal(3, 40), weight("int4_g16", 5, 40), None, x_format="nf4_token")
+
+
+@pytest.mark.filterwarnings("ignore:Error detected in Generated:UserWarning")
+def test_gradients_are_refused_in_the_backward_pass():
+    """The operators by themselves, and compiled without a joint graph: x may require a gradient as long as nobody asks for it."""
+    torch._dynamo.reset()
+    q, x = weight("int4_g16", 5, 40), normal(3, 40).requires_grad_()
+    p = fast.prepare(q, x_dtype=torch.float32)
+    compiled = torch.compile(lambda x, w: fast.linear(x, w), fullgraph=True, backend="eager")
+    for w in (q, p):
+        y = compiled(x, w)
+        assert same(y.detach(), ref.linear(x.detach(), q))
+        with pytest.raises(NotImplementedError, match="linear: x requires a gradient"):
+            y.sum().backward()
+    y = torch.ops.quantref.linear(x, q.packed, q.scale, None, None, None, None, "int4_g16", 5, 40, None, None, None, True)
+    with pytest.raises(NotImplementedError, match="linear: x requires a gradient"):
+        y.sum().backward()
+    torch._dynamo.reset()
+
+
+@pytest.mark.filterwarnings("ignore:Error detected in Generated:UserWarning")
 def test_compiled_refuses_gradients(compiled):
     with pytest.raises(Exception, match="requires a gradient"), torch.enable_grad():
         compiled(normal(3, 40).requires_grad_(), weight("int4_g16", 5, 40), None)

@@ -11,7 +11,7 @@ import fast
 import fast.eager
 import ref
 
-from .test_linear import Q, normal, same, weight
+from .test_linear import REFUSED, Q, normal, same, weight
 
 
 def test_prepare():
@@ -48,24 +48,49 @@ def test_prepare_for_a_kind_of_call():
         fast.linear(x[:1], p, bias, x_format="int8_tensor", x_scale=scale, impl="torch", deterministic=False)
 
 
+def about_the_weight(x, w, bias=None, **kwargs):
+    """Nothing is wrong with x, bias or x_scale, which prepare does not see."""
+    if not isinstance(w, ref.QTensor) or not isinstance(x, torch.Tensor) or bias is not None or "x_scale" in kwargs:
+        return False
+    return x.dtype == torch.float32 and x.device.type == "cpu" and x.dim() == 2 and x.shape[1] == w.shape[-1]
+
+
 @pytest.mark.parametrize(
     "w, kwargs, error, message",
     [
         (normal(5, 40), {}, TypeError, "prepare: w is Tensor, expected a QTensor"),
+        ("int4", {}, TypeError, "prepare: w is str, expected a QTensor"),
         (ref.quantize(normal(2, 5, 40), "int4"), {}, ValueError, r"prepare: weight int4 has shape \(2, 5, 40\)"),
         (Q, {"impl": "cuda"}, ValueError, "unknown impl 'cuda'"),
         (Q, {"x_format": "int9"}, ValueError, "unknown name 'int9'"),
-        (Q, {"x_format": "uint8z"}, ValueError, "without a zero point"),
+        (
+            Q,
+            {"x_format": "uint8z"},
+            ValueError,
+            "x cannot be quantized to uint8z: expected signed integers of 2 bits or more, or signed floats",
+        ),
         (Q, {"x_format": "fp4_e2m1_g16_e4m3_tensor2"}, ValueError, "x_scale"),
         (Q, {"x_format": "int8_token", "static_scale": True}, ValueError, "dynamic"),
-        (Q, {"x_dtype": torch.float64}, (TypeError, ValueError), "float64"),
-        (replace(Q, packed=Q.packed[:3]), {}, ValueError, "packed of shape"),
+        (
+            Q,
+            {"x_dtype": torch.float64},
+            TypeError,
+            "prepare: x_dtype is torch.float64, expected torch.float16, torch.bfloat16 or torch.float32",
+        ),
+        (replace(Q, packed=Q.packed[:3]), {}, ValueError, r"packed of int4_g16 has shape \(3, 5\), expected \(5, 5\)"),
     ],
-    ids=range(9),
+    ids=range(10),
 )
 def test_prepare_refuses(w, kwargs, error, message):
     with pytest.raises(error, match=message):
         fast.prepare(w, **kwargs)
+
+
+@pytest.mark.parametrize("case", [i for i, (args, kwargs, _, _) in enumerate(REFUSED) if about_the_weight(*args, **kwargs)])
+def test_prepare_refuses_what_linear_refuses(case):
+    (_, w), kwargs, error, message = REFUSED[case]
+    with pytest.raises(error, match=message.removeprefix("linear: ")):
+        fast.prepare(w, x_dtype=torch.float32, **kwargs)
 
 
 def test_the_same_bits_on_every_run():

@@ -4,6 +4,7 @@ A format is a value. A new one is one entry in FORMATS; nothing else in the proj
 """
 
 import difflib
+import functools
 import re
 from dataclasses import dataclass
 
@@ -156,6 +157,7 @@ def parse_format(name):
         raise ValueError(f"format: unknown name {name!r} ({error}); the nearest is {nearest[0]!r}") from None
 
 
+@functools.cache
 def _parse(name):
     head, *parts = name.split("_")
     fields = {}

@@ -186,17 +186,55 @@ X, S = torch.ones(2, 32), torch.tensor(0.5)
         (torch.tensor([[1.0, math.nan]]), "int8_token", None, ValueError, r"quantize_input: x is nan at \(0, 1\)"),
         (torch.tensor([[math.inf, 1.0]]), "int8_token", None, ValueError, r"quantize_input: x is inf at \(0, 0\)"),
         (X, "int9_token", None, ValueError, "format: unknown name 'int9_token'"),
-        (X, "uint8z_token", None, ValueError, "quantize_input: got uint8z.* without a zero point"),
-        (X, "fp8_e4m3_b128x128", None, ValueError, "quantize_input: got fp8_e4m3_b128x128, expected a format by tensor, token or group"),
-        (X, "int8_b0x32", None, ValueError, "expected a format by tensor, token or group"),
+        (
+            X,
+            "uint8z_token",
+            None,
+            ValueError,
+            "quantize_input: x cannot be quantized to uint8z: expected signed integers of 2 bits or more, or signed floats",
+        ),
+        (
+            X,
+            "nf4_token",
+            None,
+            ValueError,
+            "quantize_input: x cannot be quantized to nf4: expected signed integers of 2 bits or more, or signed floats",
+        ),
+        (
+            X,
+            "iq4nl_g32",
+            None,
+            ValueError,
+            "quantize_input: x cannot be quantized to iq4nl_g32: expected signed integers of 2 bits or more, or signed floats",
+        ),
+        (
+            X,
+            "fp8_e4m3_b128x128",
+            None,
+            ValueError,
+            "quantize_input: x cannot be quantized to fp8_e4m3_b128x128: expected scales by tensor, token or group",
+        ),
+        (
+            X,
+            "int8_b0x32",
+            None,
+            ValueError,
+            "quantize_input: x cannot be quantized to int8_b0x32: expected scales by tensor, token or group",
+        ),
         (X, "int8_token", S, ValueError, "quantize_input: got x_scale, but the scales of int8 are dynamic"),
         (X, "fp8_e4m3_g128", S, ValueError, "are dynamic"),
         (X, "fp4_e2m1_g16_e4m3_channel2", S, ValueError, "are dynamic"),
         (X, "fp4_e2m1_g16_e4m3_tensor2", None, ValueError, "needs x_scale, the static scale of the tensor"),
-        (X, "fp4_e2m1_g16_channel2", None, ValueError, "expected e4m3 scales under a token's scale"),
-        (X, "int8_tensor", torch.ones(2), ValueError, "quantize_input: x_scale is .*, expected a tensor with one"),
-        (X, "int8_tensor", 0.5, ValueError, "quantize_input: x_scale is 0.5, expected a tensor with one"),
-        (X, "int8_tensor", torch.tensor(1), ValueError, "expected a tensor with one floating-point value"),
+        (X, "fp4_e2m1_g16_channel2", None, ValueError, "x cannot be quantized to fp4_e2m1_g16_channel2: expected .* e4m3 under a token's"),
+        (X, "int8_tensor", torch.ones(2), ValueError, r"quantize_input: x_scale has shape \(2,\), expected one value"),
+        (X, "int8_tensor", 0.5, TypeError, "quantize_input: x_scale is float, expected a floating-point tensor with one value"),
+        (
+            X,
+            "int8_tensor",
+            torch.tensor(1),
+            TypeError,
+            "quantize_input: x_scale is torch.int64, expected a floating-point tensor with one value",
+        ),
         (X, "int8_tensor", torch.tensor(0.0), ValueError, "x_scale is 0.0, expected a positive number"),
         (X, "int8_tensor", torch.tensor(-1.0), ValueError, "x_scale is -1.0, expected a positive number"),
         (X, "int8_tensor", torch.tensor(math.nan), ValueError, "x_scale is nan, expected a positive number"),
@@ -209,9 +247,20 @@ def test_what_is_refused(x, name, x_scale, error, message):
 
 
 @pytest.mark.parametrize(
-    "name", ["uint8_token", "ue4m3_token", "int1_token", "fp8_e4m3_tensor_tensor2", "fp8_e4m3_tensor_e4m3_channel2", "fp8_ue5m3_token"]
+    "name",
+    [
+        "uint8_token",
+        "nf4_token",
+        "iq4nl_token",
+        "ue4m3_token",
+        "int1_token",
+        "fp8_e4m3_tensor_tensor2",
+        "fp8_e4m3_tensor_e4m3_channel2",
+        "fp8_ue5m3_token",
+    ],
 )
 def test_formats_that_cannot_be(name):
-    """Activations have signs; one bit has no largest positive value; and one tensor has one tensor scale."""
-    with pytest.raises(ValueError):
+    """Activations have signs and steps of one size; one bit has no largest positive value; and one tensor has one tensor scale."""
+    wanted = "scales by group under scale_2" if name.endswith("2") else "signed integers of 2 bits or more, or signed floats"
+    with pytest.raises(ValueError, match=f"quantize_input: x cannot be quantized to .*: expected {wanted}"):
         quantize_input(X, name, S if "tensor2" in name else None)

@@ -183,10 +183,22 @@ Q, X = quantize(normal(5, 40), "int4_g16"), normal(2, 40)
         ((X.to("meta"), Q), {}, ValueError, r"linear: x is on meta, w is on cpu \(both must match\)"),
         ((X, Q, torch.ones(5, device="meta")), {}, ValueError, r"linear: x is on cpu, bias is on meta \(both must match\)"),
         ((X, Q), {"x_format": "int9"}, ValueError, "format: unknown name 'int9'"),
-        ((X, Q), {"x_format": "uint8z"}, ValueError, "without a zero point"),
+        (
+            (X, Q),
+            {"x_format": "uint8z"},
+            ValueError,
+            "x cannot be quantized to uint8z: expected signed integers of 2 bits or more, or signed floats",
+        ),
+        (
+            (X, Q),
+            {"x_format": "nf4_token"},
+            ValueError,
+            "x cannot be quantized to nf4: expected signed integers of 2 bits or more, or signed floats",
+        ),
         ((X, Q), {"x_format": "fp4_e2m1_g16_e4m3_tensor2"}, ValueError, "needs x_scale"),
         ((X, Q), {"x_format": "int8_token", "x_scale": torch.tensor(1.0)}, ValueError, "are dynamic"),
-        ((X, Q), {"x_scale": torch.tensor(1.0)}, ValueError, "x_scale"),
+        ((X, Q), {"x_scale": torch.tensor(1.0)}, ValueError, "linear: got x_scale without x_format"),
+        ((X, torch.ones(5, 40)), {"x_scale": torch.tensor(1.0)}, ValueError, "linear: got x_scale without x_format"),
     ],
 )
 def test_errors(args, kwargs, error, message):

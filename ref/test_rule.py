@@ -10,6 +10,7 @@ import torch
 
 from .element import Float, max_value, value_list
 from .format import parse_format
+from .qtensor import validate
 from .quantize import dequantize, quantize, with_scales
 from .rule import RULES, default_rule
 from .scale import decode_scale, encode_scale, tile
@@ -174,6 +175,14 @@ def test_mx_rules_on_one_bit():
         assert one_group([-4.0, 0.0, -1.0], "int1_g32_e8m0", rule) == (4.0, [-1, 0, 0], [-4.0, 0.0, 0.0]), rule
 
 
+def test_one_bit_does_not_collapse_to_zero():
+    w = normal(16, 64)
+    q = quantize(w, "int1_g32_e8m0")
+    assert (dequantize(q).reshape(16, 2, 32).amin(-1) < 0).all()
+    for (i, j), v in groups(w, q.format).items():
+        assert q.scale[i, j].item() == exact_log2(float(np.abs(v).max()))[0] + 127
+
+
 def test_mx_rceil_never_saturates():
     w = normal(64, 64) * normal(64, 1, seed=1).exp()
     for name in ("mxfp4", "mxfp6_e2m3", "mxfp8"):
@@ -214,6 +223,23 @@ def test_second_scale_by_formula(name):
     amax = w.double().abs().amax() if fmt.scale_2 == "tensor" else w.double().abs().amax(1, keepdim=True)
     assert torch.equal(q.scale_2, (amax / (max_value(fmt.element) * top)).float().reshape(q.scale_2.shape))
     assert decode_scale(q.scale, fmt.scale).max() == top
+
+
+@pytest.mark.parametrize("name", ["int4_g16_e4m3_tensor2", "int8_g16_e5m2_channel2", "int2_g16_e4m3_channel2", "nvfp4"])
+def test_the_largest_group_under_a_second_scale_is_not_saturated(name):
+    w = normal(8, 64)
+    error = (dequantize(quantize(w, name)) - w).abs()
+    assert error.flatten()[w.abs().argmax()] <= w.abs().max() * 2.0**-23  # it takes the largest value, but for the rounding of scale_2
+
+
+@pytest.mark.parametrize("size", [2.0**-149, 1e-40, 1e-38, 3e38, torch.finfo(torch.float32).max])
+@pytest.mark.parametrize("name", ["nvfp4", "fp4_e2m1_g16_e4m3_channel2", "int4_g16_e4m3_tensor2"])
+def test_tiny_and_huge_weights_under_a_second_scale(name, size):
+    """scale_2 neither vanishes nor overflows, and the weights survive: e2m1 is off by one step at most (between 4 and 6), a sixth of max|w|."""
+    w = (normal(8, 64).clamp(-1, 1).double() * size).float().double()
+    q = validate(quantize(w.float(), name))
+    assert (q.scale_2 > 0).all() and q.scale_2.isfinite().all()
+    assert ((dequantize(q) - w).abs() <= w.abs().max() / 6 * (1 + 2.0**-4)).all()  # and the e4m3 scale rounds by 1/16 of itself
 
 
 @pytest.mark.parametrize("name", ["int4_g32", "int2_g64", "uint4z_g32", "mxfp4", "nvfp4", "fp8", "uint3_g32_zfp16", "nf4_g64"])
