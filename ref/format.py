@@ -106,6 +106,7 @@ FORMATS = {
     "int8": Format(Int(8)),
     "int4": Format(Int(4)),
     "int4_g128": Format(Int(4), group=(1, 128)),
+    "int4_g128_bf16": Format(Int(4), scale="bf16", group=(1, 128)),
     "int4_g32": Format(Int(4), group=(1, 32)),
     "int3_g128": Format(Int(3), group=(1, 128)),
     "int2_g64": Format(Int(2), group=(1, 64)),

@@ -1,0 +1,123 @@
+"""The admissible error of a linear layer's product, from its operands.
+
+error =  c S + gamma(r) S     c: the adders' loss (accumulators.coefficient); r: further float32 roundings of a term (roundings)
+       + k 2^-53 S            the exact answer's own, in float64
+       + ETA ...              underflow of any product
+with S = |x| @ ((|value| + |zero|) |scale scale_2|)^T: a zero point counts absolutely, since it may be multiplied and summed apart.
+Under a rotation over blocks of B, w (or x) is replaced by |w|_1 / sqrt(B) of its block, which no intermediate result exceeds.
+"""
+
+import functools
+
+import torch
+
+from ref.element import Float, decode, value_list
+from ref.pack import unpack
+from ref.scale import decode_scale
+
+from . import accumulators
+from .quantizer import block_norm
+
+TINY = {"fp16": 2.0**-14, "bf16": 2.0**-126, "fp32": 2.0**-126}
+
+
+@functools.lru_cache(maxsize=2)
+def weight_parts(q):
+    """value, zero (or None) and scale * scale_2 of every weight: float64 (..., n, k) each, the last two broadcastable."""
+    value = decode(unpack(q.packed, q.format.element.bits, q.shape[-1]), q.format.element)
+    scale = expand(decode_scale(q.scale, q.format.scale), q)
+    scale = scale if q.scale_2 is None else scale * q.scale_2.double()
+    return value, None if q.zero is None else expand(q.zero.double(), q), scale
+
+
+def expand(t, q):
+    """A value per group as a value per weight (..., n, k); a dimension of one group stays 1."""
+    (gn, gk), (n, k) = q.format.group, q.shape[-2:]
+    if gn > 1:
+        t = t.repeat_interleave(gn, -2)[..., :n, :]
+    if q.group_index is not None:
+        return t[..., q.group_index.long()]
+    return t.repeat_interleave(gk, -1)[..., :k] if gk else t
+
+
+def roundings(q, groups, x_dtype, x_format):
+    """r: the float32 roundings that one term may go through besides the adders', by the most roundabout correct kernel.
+
+    The scale 1; scale_2 1; a zero point 3 (value - zero; or zero times the sum of x, and one subtraction); a float32 x 1 (the
+    product); x's scales 1 each; one addition for each group's partial sum; a rotation's log2 B additions and 2 for 1 / sqrt(B).
+    """
+    r = 1 + (q.scale_2 is not None) + 3 * (q.zero is not None) + groups
+    r += (x_dtype == "fp32") if x_format is None else 1 + (x_format.scale_2 is not None)
+    blocks = (q.format.hadamard, 0 if x_format is None else x_format.hadamard)
+    return r + sum(block.bit_length() + 1 for block in blocks if block)
+
+
+def product_bound(q, x, device, x_dtype, x_format=None, x_step=None, operands=None):
+    """The admissible error of x w^T, float64 (m, n).
+
+    Args:
+        q: the weight. x: magnitudes of x, float64 (m, k): as given, or as quantized (in its rotation, where x_format has one).
+        x_dtype: "fp32", "fp16" or "bf16". x_step: scale of each quantized x.
+        operands: the two factors of the variant in question, where they are not x and the weight.
+    """
+    k, fmt = x.shape[1], q.format
+    value, zero, scale = weight_parts(q)
+    w = (value.abs() if zero is None else value.abs() + zero.abs()) * scale.abs()
+    fp8 = x_format is not None and isinstance(x_format.element, Float)
+    if device.type == "cuda":
+        x, w = _aligned(x, w, value, scale, fmt, x_dtype, x_format if fp8 else None, x_step)
+    if x_format is not None and x_format.hadamard:
+        x = block_norm(x, x_format.hadamard)
+    used = block_norm(x, fmt.hadamard) if fmt.hadamard else x
+    w = block_norm(w, fmt.hadamard) if fmt.hadamard else w
+    terms = (used != 0).sum(1, keepdim=True)
+    groups = -(-k // fmt.group[1]) if fmt.group[1] else 1
+    groups = k if q.group_index is not None else groups
+    groups += -(-k // x_format.group[1]) if x_format is not None and x_format.group[1] else 0
+    s = x @ w.T
+    if operands is not None:
+        s = torch.maximum(s, operands[0].abs() @ operands[1].abs().T)
+    c = accumulators.coefficient(terms, groups, device, fp8, x_dtype == "fp32" and x_format is None)
+    r = roundings(q, terms.clamp(max=groups), x_dtype, x_format)
+    underflow = x.sum(1, keepdim=True) + scale.abs().expand(w.shape).sum(1) + 2 * terms
+    if fmt.scale_2 is not None:
+        underflow = underflow + x @ value.abs().T
+    return ((c + accumulators.gamma(r)) * (1 + c) + (k + 8) * 2.0**-53) * s + accumulators.ETA * underflow
+
+
+def _aligned(x, w, value, scale, fmt, x_dtype, x_fp8, x_step):
+    """Magnitudes as a matrix unit aligns them: no operand is smaller than the smallest normal number of its dtype."""
+    if x_fp8 is None:
+        tiny = TINY[x_dtype]
+        x = torch.where(x != 0, x.clamp(min=tiny), 0.0)
+        return x, torch.where(w != 0, torch.maximum(w.clamp(min=tiny), value.abs().clamp(min=tiny) * scale.abs()), 0.0)
+    x = torch.where(x != 0, torch.maximum(x, smallest_normal(x_fp8.element) * x_step.abs()), 0.0)
+    if isinstance(fmt.element, Float):
+        w = torch.where(w != 0, torch.maximum(w, smallest_normal(fmt.element) * scale.abs()), 0.0)
+    return x, w
+
+
+def smallest_normal(element):
+    """The smallest value of a float element that is no subnormal."""
+    return abs(value_list(element)[2**element.mantissa]) if element.exponent else 1.0
+
+
+def budget(q, x, fp8=False):
+    """What the exact regime has to keep within: (S, quantum, S in the fullest chunk of an fp8 unit, or None), (m, n) each.
+
+    All products that make up a result, x (m, k) times the weight, those of a zero point apart, are multiples of its quantum.
+    """
+    value, zero, scale = weight_parts(q)
+    w = (value.abs() if zero is None else value.abs() + zero.abs()) * scale.abs()
+    unit = accumulators.quantum(value)
+    unit = unit if zero is None else torch.minimum(unit, accumulators.quantum(zero))
+    unit = (unit * accumulators.quantum(scale)).expand(q.shape[0])
+    if q.format.hadamard:
+        w, unit = block_norm(w, q.format.hadamard), unit / q.format.hadamard**0.5
+    s = x.abs() @ w.T
+    chunk = None
+    if fp8:
+        chunk = torch.zeros_like(s)
+        for part, other in zip(x.split(accumulators.MMA_FP8.promote, 1), w.split(accumulators.MMA_FP8.promote, 1), strict=True):
+            chunk = torch.maximum(chunk, part.abs() @ other.T)
+    return s, accumulators.quantum(x)[:, None] * unit, chunk

@@ -1,0 +1,133 @@
+"""linear with a quantized weight and x as it is: y = x W^T + bias.
+
+Admissible is the exact answer of any of ref's variants, give or take bounds.product_bound and u (|y| + |bias|) for a bias added in
+float32. In the exact regime that is zero. In the one-hot regime, where the weight is representable in float32, too: a single
+product of at most 22 bits loses nothing in any adder.
+"""
+
+import torch
+
+from ref.format import parse_format
+from ref.hadamard import hadamard
+from ref.linear import VARIANTS, linear_operands
+
+from .. import strategies
+from ..accumulators import U
+from ..bounds import product_bound
+from ..oracle import Disagreement, compare
+from ..quantizer import hull
+from ..weights import to_device
+from . import Problem, parts_of
+from .linear_data import draw
+
+FUNCTION = "linear"
+
+
+def labels(formats):
+    return list(formats)
+
+
+def cases(label, config=None):
+    return strategies.linear_cases(label, config)
+
+
+def build(case, device, variants=None):
+    device = torch.device(device)
+    data = draw(case)
+    x, buffer = data.view(device)
+    q = to_device(data.q, device)
+    given = {"bias": data.bias, "x_scale": data.x_scale}
+    given = {name: t.to(device, copy=True) for name, t in given.items() if t is not None}
+    kwargs = {} if case.x_format is None else {"x_format": case.x_format}
+    if case.static:
+        kwargs["x_scale"] = given["x_scale"]
+    truth = Truth(data, device, variants or tuple(VARIANTS))
+    owned = {"x": buffer, **parts_of(q, "w"), **given}
+    return Problem((x, q, given.get("bias")), truth.check, device, owned, kwargs, ((*x.shape[:-1], case.n), x.dtype))
+
+
+class Truth:
+    """The exact answers of one case, each worked out when it is first needed."""
+
+    def __init__(self, data, device, variants):
+        self.case, self.data, self.device = data.case, data, device
+        self.x_format = None if data.case.x_format is None else parse_format(data.case.x_format)
+        # Quantized activations are not rounded again where the rotation moves over to them.
+        free = data.q.format.hadamard and self.x_format is None
+        self.variants = [v for v in variants if free or "input_rotated" not in v]
+        self.answers = {}
+
+    def check(self, y):
+        """Agreement with the first variant that accepts y.
+
+        Raises:
+            Disagreement: with the first variant, if there is none.
+        """
+        y = y.reshape(self.case.m, self.case.n)
+        ordinary = _check_special(self.data.x, y)
+        first = None
+        for variant in self.variants:
+            exact, error = self.answer(variant)
+            try:
+                agreement = compare(y[ordinary], exact[ordinary], error[ordinary])
+                agreement.variant = variant
+                return agreement
+            except Disagreement as disagreement:
+                first = first or disagreement
+        raise first
+
+    def answer(self, variant):
+        """The exact y of a variant, and the admissible error: float64 (m, n) each."""
+        if variant not in self.answers:
+            self.answers[variant] = self._answer(variant)
+        return self.answers[variant]
+
+    def _answer(self, variant):
+        data, x_format = self.data, self.x_format
+        x = torch.where(data.x.isfinite(), data.x, 0)
+        if x_format is None:
+            a, b = linear_operands(x, data.q, variant=variant)
+        else:
+            # The quantized x is x itself in the exact regime, and one of many in the others.
+            a, b = x.double(), linear_operands(x[:0], data.q, variant=variant)[1]
+        bias = 0.0 if data.bias is None else data.bias.double()
+        if self._loses_nothing(variant, a, b):
+            y = a @ b.T
+            error = torch.zeros_like(y)
+        else:
+            operands = None if variant == "exact" else (a, b)
+            if x_format is None:
+                y = a @ b.T
+                error = product_bound(data.q, x.double().abs(), self.device, self.case.dtype, operands=operands)
+            else:
+                low, high, step = hull(x, x_format, data.x_scale)
+                turned = hadamard(b, x_format.hadamard) if x_format.hadamard else b
+                y = (low + high) / 2 @ turned.T
+                x = torch.maximum(low.abs(), high.abs())
+                error = product_bound(data.q, x, self.device, self.case.dtype, x_format, step, operands and ((x, turned)))
+                error = error + (high - low) / 2 @ turned.abs().T
+            if data.bias is not None:
+                error = error + U * ((y + bias).abs() + bias.abs() + error)
+        return y + bias, error
+
+    def _loses_nothing(self, variant, a, b):
+        """Whether every correct kernel of this variant gives the same bits."""
+        if variant == "exact":
+            self.operands = a, b
+        if self.data.exact:
+            return variant == "exact" or (torch.equal(a, self.operands[0]) and torch.equal(b, self.operands[1]))
+        plain = self.case.data == "one_hot" and self.x_format is None and self.data.bias is None
+        return plain and not self.data.q.format.hadamard and torch.equal(b.float().double(), b)
+
+
+def _check_special(x, y):
+    """bool (m,): the rows of x without NaN and inf; the others are checked here: no result is finite, and beside NaN all are NaN."""
+    finite, nan = x.isfinite().all(1), x.isnan().any(1)
+    for rows, wrong, what in ((nan, ~y.isnan(), "NaN"), (~finite & ~nan, y.isfinite(), "inf")):
+        if bool(wrong[rows].any()):
+            at = (rows[:, None] & wrong).nonzero()[0].tolist()
+            admissible = "NaN" if what == "NaN" else "inf or NaN"
+            raise Disagreement(
+                f"y: {what}", f"y{at} = {y[tuple(at)].item():.9g}, admissible {admissible} only: x has {what} in row {at[0]}"
+            )
+    return finite

@@ -1,0 +1,133 @@
+"""What a quantizer may legitimately differ in: the last bits of a scale, and codes at ties.
+
+Conditional (judge_codes): codes are held against the candidate's own scale, so a scale that is off by its last bit does not
+condemn a row. End to end (hull): every value that such a quantizer can give, for the linear layer behind it.
+
+With u = 2^-24. Scale: raw = amax / MAX by division or by a rounded reciprocal is fl(exact (1 + d)), |d| <= u; under a
+second-level scale, which divides once more and may do so by reciprocal, |d| <= 3u. Roundings are monotone, so the scales of
+amax (1 - d) and amax (1 + d) bracket it. Codes: t = x / (scale scale_2) takes at most four roundings (the product of the
+scales, its reciprocal, the product with x, and one to bring x to float32): t (1 + d), |d| <= gamma(4). A rotation in float32
+adds (log2 B + 2) u |x|_1 / sqrt(B) over its block, to x and so to amax.
+"""
+
+from dataclasses import replace
+
+import torch
+
+from ref import quantize_input
+from ref.element import decode, encode
+from ref.hadamard import hadamard
+from ref.pack import unpack
+from ref.scale import decode_scale, tile, untile
+
+from .accumulators import U, gamma
+from .oracle import Disagreement, equal, within
+
+CODE = gamma(4)
+
+
+def rotated(x, block):
+    """x after the rotation, float64, and the error that a float32 rotation may have."""
+    x = x.double()
+    if not block:
+        return x, torch.zeros_like(x)
+    return hadamard(x, block), gamma(block.bit_length() + 1) * block_norm(x, block)
+
+
+def block_norm(x, block):
+    """|x|_1 / sqrt(B) of each one's block: the largest magnitude that a rotation's intermediate results can have."""
+    total = x.abs().unflatten(-1, (-1, block)).sum(-1, keepdim=True)
+    return (total / block**0.5).expand(*total.shape[:-1], block).flatten(-2)
+
+
+def scale_range(values, error, fmt, x_scale):
+    """Stored scales that activations may have: [(scale, scale_2)] for the lowest, the exact and the highest amax."""
+    tiles, _ = tile(values.abs(), fmt.group)
+    amax = tiles.amax(-1)
+    spread = tile(error, fmt.group)[0].amax(-1)
+    grouped = fmt.group[1] != 0
+    one = replace(fmt, hadamard=0, group=(1, 1) if grouped else fmt.group)
+    d = U if fmt.scale_2 is None else 3 * U
+    peaks = [p.clamp(min=0) for p in (amax * (1 - d) - spread, amax, amax * (1 + d) + spread)]
+    if fmt.group[0] == 0 and x_scale is None:
+        return [(q.scale, q.scale_2) for q in (quantize_input(peak, one) for peak in peaks)]
+    q = quantize_input(torch.cat(peaks), one, x_scale)
+    scales = q.scale.chunk(3) if fmt.group[0] else (q.scale,) * 3
+    seconds = q.scale_2.chunk(3) if fmt.scale_2 == "channel" else (q.scale_2,) * 3
+    return list(zip(scales, seconds, strict=True))
+
+
+def step_of(scale, scale_2, fmt, shape):
+    """scale * scale_2 for every element, float64."""
+    step = untile(decode_scale(scale, fmt.scale), fmt.group, shape)
+    return step if scale_2 is None else step * scale_2.double()
+
+
+def hull(x, fmt, x_scale):
+    """The lowest and the highest value that a quantizer may make of each x, and their scale: float64 (m, k), as rotated by fmt."""
+    values, error = rotated(x, fmt.hadamard)
+    choices = scale_range(values, error, fmt, x_scale)
+    slack = CODE
+    if fmt.scale == "fp32" and fmt.scale_2 != "channel":
+        # Scales differ in their last bits: the exact one stands for all, with its range as a relative error.
+        low, exact, high = (decode_scale(scale, fmt.scale) for scale, _ in choices)
+        width = float(((high - low) / exact).max()) if exact.numel() else 0.0
+        choices, slack = choices[1:2], CODE + width
+    else:
+        width = 0.0
+        same = all(torch.equal(a, choices[1][0]) and _same(b, choices[1][1]) for a, b in choices)
+        choices = choices[1:2] if same else choices
+    bounds = []
+    for scale, scale_2 in choices:
+        step = step_of(scale, scale_2, fmt, values.shape)
+        for sign in (-1, 1):
+            t = (values + sign * (slack * values.abs() + error)) / step
+            bounds.append(decode(encode(t, fmt.element), fmt.element) * step)
+    low, high = torch.stack(bounds).amin(0), torch.stack(bounds).amax(0)
+    step = step_of(*choices[len(choices) // 2], fmt, values.shape)
+    return low - width * low.abs(), high + width * high.abs(), step.expand(values.shape)
+
+
+def _same(a, b):
+    return a is b or torch.equal(a, b)
+
+
+def judge_codes(q, values, error, zero=None, rounding="nearest_even"):
+    """Hold a QTensor's codes against its own scale, zero and scale_2.
+
+    Args:
+        q: on the CPU, validated. values: float64, what was quantized (rotated). error: float64, of values.
+        zero: float64 zero points for every element, or None.
+
+    Raises:
+        Disagreement: a code that no rounding of t (1 + d) + zero gives.
+    """
+    fmt, element = q.format, q.format.element
+    step = step_of(q.scale, q.scale_2, fmt, values.shape)
+    safe = torch.where(step == 0, 1.0, step)
+    t = torch.where(step == 0, 0.0, values / safe)
+    slack = CODE * t.abs() + torch.where(step == 0, 0.0, error / safe.abs())
+    if zero is not None:
+        t, slack = t + zero, slack + U * (t.abs() + zero.abs())
+    codes = unpack(q.packed, element.bits, values.shape[-1])
+    low, high = encode(t - slack, element, rounding), encode(t + slack, element, rounding)
+    low_value, high_value, got = (decode(c, element) for c in (low, high, codes))
+    within(got, low_value, high_value, "code value", got)
+    settled = (low_value == high_value) & (slack == 0) | (low == high)
+    wrong = settled & (codes != low)
+    if bool(wrong.any()):
+        at = tuple(wrong.nonzero()[0].tolist())
+        raise Disagreement(
+            "code: bits", f"code{list(at)} = {codes[at].item()}, admissible {low[at].item()} only (value {got[at].item():.9g})"
+        )
+
+
+def judge_scale(got, low, high, name, fmt):
+    """A stored scale between two stored scales, as values; equal bits where these two are one."""
+    if got.shape != low.shape or got.dtype != low.dtype:
+        raise Disagreement(f"{name}: shape", f"{name} is {tuple(got.shape)} {got.dtype}, expected {tuple(low.shape)} {low.dtype}")
+    if torch.equal(low, high):
+        equal(got, low, name)
+        return
+    a, b = decode_scale(low, fmt), decode_scale(high, fmt)
+    within(decode_scale(got, fmt), torch.minimum(a, b), torch.maximum(a, b), name)
