@@ -14,7 +14,7 @@ conformance: $(READY)  ## the main job: ref against fast, on the best device the
 	$(PYTHON) -m conformance --candidate fast $(ARGS)
 
 test: $(READY)  ## the project's own tests
-	$(PYTHON) -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest $(ARGS)
 
 real: $(READY)  ## a trained model, quantized in five formats, on real sentences
 	$(PYTHON) -m conformance.real $(ARGS)

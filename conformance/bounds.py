@@ -13,6 +13,8 @@ import torch
 
 from ref.element import Float, decode, value_list
 from ref.pack import unpack
+from ref.quantize import stored_values
+from ref.rounding import round_to
 from ref.scale import decode_scale
 
 from . import accumulators
@@ -83,6 +85,18 @@ def product_bound(q, x, device, x_dtype, x_format=None, x_step=None, operands=No
     if fmt.scale_2 is not None:
         underflow = underflow + x @ value.abs().T
     return ((c + accumulators.gamma(r)) * (1 + c) + (k + 8) * 2.0**-53) * s + accumulators.ETA * underflow
+
+
+def weight_doubt(q, dtype):
+    """How far a weight rounded to dtype may be from ref's, float64 (n, k): mostly 0, an ulp beside a midpoint.
+
+    ref rounds code * scale * scale_2 once. A kernel forms it in float32 (a rounding for each factor, and one for a float zero
+    point) and rounds that, which may fall on the other side of a midpoint.
+    """
+    w = stored_values(q)
+    g = accumulators.gamma(1 + (q.scale_2 is not None) + (q.format.zero not in (None, "int")))
+    here, low, high = (round_to(w * factor, dtype).double() for factor in (1, 1 - g, 1 + g))
+    return torch.maximum((high - here).abs(), (low - here).abs()).nan_to_num(0.0, 0.0, 0.0)
 
 
 def _aligned(x, w, value, scale, fmt, x_dtype, x_fp8, x_step):

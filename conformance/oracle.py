@@ -128,7 +128,9 @@ def _worst(got, y, error):
         return 0.0
     got, y, error = got[differs], y[differs], error[differs]
     toward = torch.nextafter(got, torch.where(y > got.double(), torch.inf, -torch.inf).to(got.dtype))
-    edge = (got.double() + toward.double()) / 2
+    # Beyond the largest number lies infinity: its cell ends half an ulp further on.
+    step = got.double() - torch.nextafter(got, torch.zeros_like(got)).double()
+    edge = torch.where(toward.isinf(), got.double() + step / 2, (got.double() + toward.double()) / 2)
     return float(((edge - y).abs() / error).max())
 
 

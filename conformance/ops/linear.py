@@ -13,9 +13,9 @@ from ref.linear import VARIANTS, linear_operands
 
 from .. import strategies
 from ..accumulators import U
-from ..bounds import product_bound
+from ..bounds import product_bound, weight_doubt
 from ..oracle import Disagreement, compare
-from ..quantizer import hull
+from ..quantizer import block_norm, hull
 from ..weights import to_device
 from . import Problem, parts_of
 from .linear_data import draw
@@ -91,21 +91,25 @@ class Truth:
             # The quantized x is x itself in the exact regime, and one of many in the others.
             a, b = x.double(), linear_operands(x[:0], data.q, variant=variant)[1]
         bias = 0.0 if data.bias is None else data.bias.double()
+        doubt = weight_doubt(data.q, data.x.dtype) if "weight_rounded" in variant else torch.zeros_like(b)
+        if data.q.format.hadamard:
+            doubt = block_norm(doubt, data.q.format.hadamard)
         if self._loses_nothing(variant, a, b):
             y = a @ b.T
-            error = torch.zeros_like(y)
+            error = a.abs() @ doubt.T
         else:
             operands = None if variant == "exact" else (a, b)
             if x_format is None:
                 y = a @ b.T
                 error = product_bound(data.q, x.double().abs(), self.device, self.case.dtype, operands=operands)
+                error = error + (block_norm(a.abs(), data.q.format.hadamard) if data.q.format.hadamard else a.abs()) @ doubt.T
             else:
                 low, high, step = hull(x, x_format, data.x_scale)
                 turned = hadamard(b, x_format.hadamard) if x_format.hadamard else b
                 y = (low + high) / 2 @ turned.T
                 x = torch.maximum(low.abs(), high.abs())
                 error = product_bound(data.q, x, self.device, self.case.dtype, x_format, step, operands and ((x, turned)))
-                error = error + (high - low) / 2 @ turned.abs().T
+                error = error + (high - low) / 2 @ turned.abs().T + x @ doubt.T
             if data.bias is not None:
                 error = error + U * ((y + bias).abs() + bias.abs() + error)
         return y + bias, error

@@ -105,7 +105,8 @@ def _eight_bit(q, values, x_format, int8, fp8):
             if _in_int8(values * 2.0**exponent):
                 return Numerics("int8", torch.int8, unit_exponent=exponent)
     groups = [g for g in (q.format.group[1], x_format.group[1]) if 0 < g < q.shape[1]]
-    if not fp8 or (groups and math.gcd(*groups) % 32):
+    # Integers are promised float32 sums, which an fp8 unit does not keep.
+    if not fp8 or isinstance(x_format.element, Int) or (groups and math.gcd(*groups) % 32):
         return None
     x_name = _fp8_holding(x_values)
     w_name = _fp8_holding(values)
