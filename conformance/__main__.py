@@ -5,6 +5,8 @@ import multiprocessing
 import os
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 
 import torch
 
@@ -39,9 +41,13 @@ def main(argv=None):
         return 2
     start = time.perf_counter()
     cells = []
-    for done, found in enumerate(_run(tasks, args.jobs), 1):
-        cells += found
-        report.progress(done, len(tasks), found, time.perf_counter() - start)
+    try:
+        for done, found in enumerate(_run(tasks, args.jobs), 1):
+            cells += found
+            report.progress(done, len(tasks), found, time.perf_counter() - start)
+    except BrokenProcessPool:
+        print(f"conformance: {args.candidate} ended its process (a crash, or an exit); --jobs 1 shows in which call", file=sys.stderr)
+        return 1
     order = {(task.op, task.label): i for i, task in enumerate(tasks)}
     cells.sort(key=lambda c: order[c.op, c.label])
     seconds = time.perf_counter() - start
@@ -73,8 +79,10 @@ def _run(tasks, jobs):
         cell.prepare_worker()
         yield from map(cell.run, tasks)
         return
-    with multiprocessing.get_context("spawn").Pool(jobs, initializer=cell.prepare_worker) as workers:
-        yield from workers.imap_unordered(cell.run, tasks, chunksize=1)
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(jobs, mp_context=context, initializer=cell.prepare_worker) as workers:
+        for done in as_completed([workers.submit(cell.run, task) for task in tasks]):
+            yield done.result()
 
 
 def _tasks(args):

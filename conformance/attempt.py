@@ -49,7 +49,11 @@ def attempt(candidate, function, problem, impl=None, seed=0):
 
 def _call(candidate, function, problem, kwargs, impl):
     try:
-        return candidate.call(function, problem.args, {**problem.kwargs, **kwargs}, impl)
+        result = candidate.call(function, problem.args, {**problem.kwargs, **kwargs}, impl)
+        if problem.device.type == "cuda":
+            # What a kernel does wrong to memory shows here, and not in the suite's own next step.
+            torch.cuda.synchronize(problem.device)
+        return result
     except NotImplementedError:
         raise
     except ExceptionGroup as group:

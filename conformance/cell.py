@@ -148,7 +148,11 @@ def _explore(task, candidate, op, strategy, active):
             key = zlib.crc32(f"{task.seed} {task.op} {task.label} {batch}".encode())
             try:
                 seed(key)(settings(QUIET, max_examples=BATCH)(given(strategy)(example)))()
-            except (Disagreement, Flaky):
+            except Exception as error:
+                if failed.own is not None:
+                    raise RuntimeError(f"conformance itself failed on {failed.case!r}") from failed.own
+                if failed.error is None or not isinstance(error, (Disagreement, Flaky)):
+                    raise
                 _fail(task, active.pop(failed.impl), failed.case, failed.error)
             idle = 0 if len(seen) > before else idle + 1
         if failed.error is None:
@@ -161,6 +165,7 @@ class _Failed:
     """The smallest failure so far: while it is shrunk, only its implementation runs, and only its kind of failure counts."""
 
     impl = case = error = None
+    own = None  # an exception of the suite itself
 
 
 def _example(task, candidate, op, case, active, failed, seen):
@@ -174,14 +179,17 @@ def _example(task, candidate, op, case, active, failed, seen):
         if not shrinking and cell.seconds * task.examples > limits.get(impl, math.inf) * len(seen):
             cell.left_out += 1
             continue
-        if problem is None:
-            problem = op.build(case, task.device, candidate.variants)
         try:
+            if problem is None:
+                problem = op.build(case, task.device, candidate.variants)
             _try(candidate, op, case, problem, cell, not shrinking)
         except Disagreement as error:
             if not shrinking or failed.error.kind == error.kind:
                 failed.impl, failed.case, failed.error = impl, case, error
                 raise
+        except Exception as error:
+            failed.case, failed.own = case, error
+            raise
 
 
 def _try(candidate, op, case, problem, cell, counted=True):

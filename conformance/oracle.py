@@ -1,6 +1,6 @@
 """Acceptance: the interval test, element by element."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
@@ -31,7 +31,6 @@ class Agreement:
     elements: int = 0
     wide: int = 0
     variant: str = ""
-    notes: list = field(default_factory=list)
 
 
 def interval(y, error, dtype):

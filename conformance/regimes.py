@@ -102,11 +102,6 @@ def draw_x(seed, m, k, dtype, data, w_row=None):
     return round_to(x.double(), DTYPES[dtype])
 
 
-def special_rows(x):
-    """bool (m,): rows of x that hold NaN, and rows that hold inf."""
-    return x.isnan().any(1), x.isinf().any(1)
-
-
 def view_of(x, lead, pad, offset, transposed, device):
     """x (m, k) on device as a view (*lead, k) into a buffer of NaN.
 

@@ -102,6 +102,13 @@ class BiasDropped(Right):
         return y
 
 
+class IgnoresBiasStride(Right):
+    """Reads the bias as though its elements lay side by side."""
+
+    def add_bias(self, y, bias):
+        return y if bias is None else y + bias.as_strided(bias.shape, (1,)).double()
+
+
 class HalfAccumulation(Right):
     def product(self, a, b, x_format):
         y = torch.zeros(a.shape[0], b.shape[0], dtype=torch.float64)
@@ -214,3 +221,4 @@ unwritten_tail = UnwrittenTail()
 undecided = Undecided()
 wrong_dtype = WrongDtype()
 ignores_stride = IgnoresStride()
+ignores_bias_stride = IgnoresBiasStride()

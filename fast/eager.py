@@ -11,12 +11,12 @@ import torch
 
 from ref.element import values
 from ref.format import SCALE_DTYPES, Format
-from ref.qtensor import QTensor
+from ref.qtensor import QTensor, check_parts
 
 from .hadamard import hadamard
 from .quantize_input import quantized_values
 
-# Weights dequantized at a time: a workspace of at most 64 MiB in float64.
+# Weights dequantized at a time: 8 million, 64 MiB in float64, and a few times that on the way.
 CHUNK = 2**23
 
 
@@ -28,6 +28,8 @@ def why_not(request):
 def prepare(q, request):
     """A Plan; the weight stays as it is."""
     k, bits = q.shape[1], q.format.element.bits
+    if q.group_index is not None and k and not 0 <= int(q.group_index.min()) <= int(q.group_index.max()) < q.scale.shape[1]:
+        raise ValueError(f"linear: group_index of {q.format} reaches outside of its {q.scale.shape[1]} groups")
     start = torch.arange(k, device=q.packed.device) * bits
     words = max(q.packed.shape[1], 1)
     return Plan(
@@ -43,6 +45,9 @@ def prepare(q, request):
 
 def dequantize(q, dtype=torch.float64):
     """ref.dequantize, by this implementation's own code."""
+    check_parts(q, "dequantize")
+    if dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
+        raise TypeError(f"dequantize: got {dtype}, expected float64, float32, float16 or bfloat16")
     *lead, n, k = q.shape
     experts = [q] if not lead else [_expert(q, index) for index in range(torch.Size(lead).numel())]
     out = torch.empty(len(experts), n, k, dtype=dtype, device=q.packed.device)

@@ -47,6 +47,8 @@ def linear(x, w, bias=None, *, x_format=None, x_scale=None, impl=None, determini
     rows = x if x.dim() == 2 else x.reshape(x.shape[:-1].numel(), prepared.k)
     if rows.stride(1) != 1:
         rows = rows.contiguous()
+    if bias is not None and bias.stride(0) != 1:
+        bias = bias.contiguous()
     m = rows.shape[0]
     plans = prepared.kinds.get(kind) or prepared.open(kind, x_scale)
     bucket = bucket_of(m)

@@ -4,7 +4,7 @@ import torch
 
 from .activation import quantize_input
 from .hadamard import hadamard
-from .qtensor import QTensor
+from .qtensor import QTensor, check_parts
 from .quantize import dequantize, stored_values
 from .rounding import round_to
 
@@ -21,7 +21,7 @@ def linear(x, w, bias=None, *, x_format=None, x_scale=None):
     """y = x W^T + bias, in float64, rounded once to x's dtype.
 
     Args:
-        x: (..., k), float16, bfloat16 or float32.
+        x: (..., k), float16, bfloat16, float32 or float64 (which fast does not take).
         w: QTensor (n, k), or a plain tensor (n, k).
         bias: (n,), any float dtype, or None.
         x_format: None, or the format that x is quantized to first (quantize_input), as int8_token.
@@ -58,7 +58,7 @@ def linear_operands(x, w, *, x_format=None, x_scale=None, variant="exact"):
     k = w.shape[1]
     a = x.detach().to(torch.float64).reshape(x.shape[:-1].numel(), k)
     if not isinstance(w, QTensor):
-        return (dequantize(quantize_input(x, x_format, x_scale)) if x_format else a), w.detach().to(torch.float64)
+        return (a if x_format is None else dequantize(quantize_input(x, x_format, x_scale))), w.detach().to(torch.float64)
     rotated = "input_rotated" in variant and w.format.hadamard > 0
     b = stored_values(w)
     if "weight_rounded" in variant:
@@ -84,6 +84,8 @@ def check_linear(x, w, bias, x_format, x_scale):
         raise TypeError(
             f"linear: x is {x.dtype if isinstance(x, torch.Tensor) else type(x).__name__}, expected a floating-point tensor of 16 bits or more"
         )
+    if isinstance(w, QTensor):
+        check_parts(w, "linear")
     if len(w.shape) != 2:
         raise ValueError(f"linear: {name} has shape {tuple(w.shape)}, expected (n, k)")
     if x.dim() < 1 or x.shape[-1] != w.shape[1]:

@@ -6,7 +6,7 @@ from .element import decode, encode, largest
 from .format import parse_format
 from .hadamard import hadamard
 from .pack import pack, unpack
-from .qtensor import QTensor
+from .qtensor import QTensor, check_parts
 from .rounding import round_to
 from .rule import RULES, SCALE_2_TOP, default_rule
 from .scale import decode_scale, encode_scale, tile, untile
@@ -25,7 +25,11 @@ def dequantize(q, dtype=torch.float64):
 
     Returns:
         dtype (..., n, k).
+
+    Raises:
+        TypeError, ValueError: parts of q that disagree, or another dtype.
     """
+    check_parts(q, "dequantize")
     w = stored_values(q)
     return round_to(hadamard(w, q.format.hadamard) if q.format.hadamard else w, dtype)
 

@@ -38,12 +38,21 @@ def build(case, device, variants=None):
     q = to_device(data.q, device)
     given = {"bias": data.bias, "x_scale": data.x_scale}
     given = {name: t.to(device, copy=True) for name, t in given.items() if t is not None}
+    if case.pad and data.bias is not None:
+        given["bias"] = _spread(given["bias"])
     kwargs = {} if case.x_format is None else {"x_format": case.x_format}
     if case.static:
         kwargs["x_scale"] = given["x_scale"]
     truth = Truth(data, device, variants or tuple(VARIANTS))
     owned = {"x": buffer, **parts_of(q, "w"), **given}
     return Problem((x, q, given.get("bias")), truth.check, device, owned, kwargs, ((*x.shape[:-1], case.n), x.dtype))
+
+
+def _spread(bias):
+    """The same bias as every other element of a buffer, NaN in between."""
+    buffer = torch.full((2 * len(bias),), torch.nan, dtype=bias.dtype, device=bias.device)
+    buffer[::2] = bias
+    return buffer[::2]
 
 
 class Truth:
@@ -54,7 +63,7 @@ class Truth:
         self.x_format = None if data.case.x_format is None else parse_format(data.case.x_format)
         # Quantized activations are not rounded again where the rotation moves over to them.
         free = data.q.format.hadamard and self.x_format is None
-        self.variants = [v for v in variants if free or "input_rotated" not in v]
+        self.variants = [v for v in variants if free or "input_rotated" not in v] or ["exact"]
         self.answers = {}
 
     def check(self, y):
