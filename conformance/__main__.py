@@ -62,6 +62,8 @@ def main(argv=None):
     if all(c.status in ("not provided", "unsupported") for c in cells):
         print(f"conformance: {args.candidate} provides nothing that was asked for", file=sys.stderr)
         return 2
+    if all(c.status == "not provided" for c in cells):
+        return 2
     return int(any(c.status == "fail" for c in cells))
 
 
@@ -71,6 +73,8 @@ def _single(args):
         impl = f" impl {c.impl}" if c.impl else ""
         note = f": {c.reason}" if c.status == "unsupported" else f", variant {next(iter(c.variants))}" if c.variants else ""
         print(report.failure(c) if c.status == "fail" else f"{c.status.upper()} {args.case!r}{impl}{note}")
+    if all(c.status == "not provided" for c in cells):
+        return 2
     return int(any(c.status == "fail" for c in cells))
 
 
@@ -133,6 +137,8 @@ def _parse(argv):
     args.case = None if args.case is None else read_case(args.case)
     if args.json and not os.path.isdir(os.path.dirname(os.path.abspath(args.json))):
         raise UsageError(f"--json: there is no folder {os.path.dirname(args.json)!r}")
+    if args.json and os.path.isdir(args.json):
+        raise UsageError(f"--json: {args.json!r} is a folder, expected a file's name")
     return args
 
 

@@ -75,6 +75,7 @@ BAD = [
     (["--seconds", "cuda=3"], "--seconds is 'cuda=3'"),
     (["--case", "LinearCase(k="], "cannot read"),
     (["--json", "/no/such/folder/x.json"], "there is no folder"),
+    (["--json", "/"], "is a folder"),
     (["--formats", "uint4z_g64", "--ops", "quantize_input"], "no operation of quantize_input takes the formats uint4z_g64"),
     (["--colour"], "unrecognized arguments"),
 ]
@@ -167,3 +168,8 @@ def test_candidates_by_attribute():
 
 def _environment():
     return {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+
+
+def test_one_case_of_an_operation_that_is_not_provided(capsys):
+    code, out, _ = main(capsys, "--candidate", "fast", "--case", "PackCase()")
+    assert code == 2 and out.startswith("NOT PROVIDED")
