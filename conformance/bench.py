@@ -17,14 +17,12 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-from ref import VARIANTS, Int, QTensor, dequantize, parse_format
+from ref import Int, QTensor, dequantize, parse_format
 from ref.format import SCALE_DTYPES
 from ref.rounding import round_to
 
 from .candidate import load, nearest
-from .case import LinearCase
-from .ops.linear import Truth
-from .ops.linear_data import LinearData
+from .ops.linear import truth_of
 from .oracle import Disagreement
 
 # Weight formats, and how x is quantized for each: in the tables, and where the cost of a call is measured.
@@ -103,8 +101,7 @@ def judge_of(q, x, x_format):
     sizes, k = ((x.shape[0], CHECKED_ROWS), (q.shape[0], CHECKED_COLUMNS)), q.shape[1]
     rows, columns = (torch.linspace(0, size - 1, min(size, most), dtype=torch.float64).long() for size, most in sizes)
     part = QTensor(q.format, (len(columns), k), q.packed[columns].cpu(), q.scale[columns].cpu())
-    case = LinearCase(n=len(columns), k=k, format=q.format, lead=(len(rows),), x_format=x_format, data="normal")
-    truth = Truth(LinearData(case, x[rows].cpu(), part, None, None, False), x.device, tuple(VARIANTS))
+    truth = truth_of(x[rows].cpu(), part, None, x.device, x_format)
 
     def judge(y):
         try:

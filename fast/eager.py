@@ -10,11 +10,12 @@ from dataclasses import dataclass
 import torch
 
 from ref.element import values
-from ref.format import SCALE_DTYPES, Format
+from ref.format import Format
 from ref.qtensor import QTensor, check_parts
 
 from .hadamard import hadamard
 from .quantize_input import quantized_values
+from .scale import decoded_scale
 
 # Weights dequantized at a time: 8 million, 64 MiB in float64, and a few times that on the way.
 CHUNK = 2**23
@@ -27,6 +28,10 @@ def why_not(request):
 
 def prepare(q, request):
     """A Plan; the weight stays as it is."""
+    return _plan(q, request.x_format)
+
+
+def _plan(q, x_format=None):
     k, bits = q.shape[1], q.format.element.bits
     if q.group_index is not None and k and not 0 <= int(q.group_index.min()) <= int(q.group_index.max()) < q.scale.shape[1]:
         raise ValueError(f"linear: group_index of {q.format} reaches outside of its {q.scale.shape[1]} groups")
@@ -34,7 +39,7 @@ def prepare(q, request):
     words = max(q.packed.shape[1], 1)
     return Plan(
         q=q,
-        x_format=request.x_format,
+        x_format=x_format,
         table=values(q.format.element, q.packed.device),
         word=start // 32,
         next_word=(start // 32 + 1).clamp(max=words - 1),
@@ -52,7 +57,7 @@ def dequantize(q, dtype=torch.float64):
     experts = [q] if not lead else [_expert(q, index) for index in range(torch.Size(lead).numel())]
     out = torch.empty(len(experts), n, k, dtype=dtype, device=q.packed.device)
     for expert, w in zip(out, experts, strict=True):
-        plan = prepare(w, _NO_INPUT)
+        plan = _plan(w)
         for rows in plan.chunks():
             part = plan.weight(rows)
             expert[rows] = _round_once(hadamard(part, q.format.hadamard) if q.format.hadamard else part, dtype)
@@ -105,7 +110,7 @@ class Plan:
         row = _group_of(q.shape[0], fmt.group[0], None, q.packed.device)[rows]
         if q.zero is not None:
             w -= q.zero[row].to(torch.float64)[:, self.column]
-        w *= _decoded(q.scale[row], fmt.scale)[:, self.column]
+        w *= decoded_scale(q.scale[row], fmt.scale)[:, self.column]
         if q.scale_2 is not None:
             w *= q.scale_2 if q.scale_2.shape[0] == 1 else q.scale_2[rows]
         return w
@@ -127,17 +132,8 @@ def _group_of(count, size, index, device):
     return torch.arange(count, device=device) // size if size else torch.zeros(count, dtype=torch.long, device=device)
 
 
-def _decoded(scale, name):
-    target = SCALE_DTYPES[name]
-    return scale.to(torch.float64) if isinstance(target, torch.dtype) else values(target, scale.device)[scale.long()]
-
-
 def _expert(q, index):
     def one(t):
         return None if t is None else t.flatten(0, -3)[index]
 
     return QTensor(q.format, q.shape[-2:], one(q.packed), one(q.scale), one(q.zero), one(q.scale_2), q.group_index)
-
-
-class _NO_INPUT:
-    x_format = None

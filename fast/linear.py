@@ -39,7 +39,7 @@ def linear(x, w, bias=None, *, x_format=None, x_scale=None, impl=None, determini
 
         return ops.call(x, w, bias, x_format, x_scale, impl, deterministic, out)
     if not isinstance(w, (QTensor, Prepared)):
-        return _plain(x, w, bias, x_format, x_scale, impl, out)
+        return plain(x, w, bias, x_format, x_scale, impl, out)
     prepared = _prepared_for(x, w, bias, x_scale)
     if x.requires_grad and torch.is_grad_enabled():
         raise NotImplementedError(NO_GRADIENT)
@@ -90,7 +90,8 @@ def why_not(op, x, w, bias=None, *, x_format=None, x_scale=None, impl, determini
     return None if reason is None else f"{describe(request)}: {reason}"
 
 
-def _plain(x, w, bias, x_format, x_scale, impl, out):
+def plain(x, w, bias, x_format, x_scale, impl, out):
+    """torch.nn.functional.linear, and a refusal of what only quantized weights take."""
     _check_plain(x, w)
     if x_format is not None or x_scale is not None or impl not in (None, "torch"):
         raise NotImplementedError(

@@ -9,7 +9,7 @@ from ref.format import parse_format
 from ref.qtensor import QTensor
 
 from .dispatch import PREPARED_BY_NUMBER, Prepared
-from .linear import NO_GRADIENT, linear
+from .linear import NO_GRADIENT, linear, plain
 
 _library = torch.library.Library("quantref", "DEF")
 _library.define(
@@ -34,10 +34,8 @@ def call(x, w, bias, x_format, x_scale, impl, deterministic, out):
         y = torch.ops.quantref.linear(x, *parts, bias, _name(w.format), *w.shape, name, x_scale, impl, deterministic)
     elif isinstance(w, Prepared):
         y = torch.ops.quantref.linear_prepared(x, w.number, bias, w.n, name, x_scale, impl, deterministic)
-    elif x_format is not None or x_scale is not None or impl not in (None, "torch"):
-        raise NotImplementedError("linear: w is a plain tensor: x_format, x_scale and impl are for quantized weights")
     else:
-        y = torch.nn.functional.linear(x, w, bias)
+        return plain(x, w, bias, x_format, x_scale, impl, out)
     if out is None:
         return y
     if out.shape != y.shape or out.dtype != y.dtype:

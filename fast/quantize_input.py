@@ -24,8 +24,9 @@ def quantize_input(x, format, x_scale=None):
         got = f"{x.dtype} {tuple(x.shape)}" if isinstance(x, torch.Tensor) else type(x).__name__
         raise TypeError(f"quantize_input: x is {got}, expected float16, bfloat16 or float32 of shape (..., k)")
     rows = x.reshape(-1, x.shape[-1]) if x.shape[-1] else x.reshape(x.shape[:-1].numel(), 0)
-    steps, scale, scale_2 = _scales(_rotated(rows, fmt), fmt, x_scale)
-    units, exponent = _round(_rotated(rows, fmt) / steps, fmt.element)
+    turned = _rotated(rows, fmt)
+    steps, scale, scale_2 = _scales(turned, fmt, x_scale)
+    units, exponent = _round(turned / steps, fmt.element)
     return QTensor(fmt, tuple(rows.shape), _pack(_codes(units, exponent, fmt.element), fmt.element.bits), scale, None, scale_2)
 
 

@@ -14,11 +14,12 @@ from ref.linear import VARIANTS, linear_operands
 from .. import strategies
 from ..accumulators import U
 from ..bounds import product_bound, weight_doubt
+from ..case import DTYPES, LinearCase
 from ..oracle import Disagreement, compare
 from ..quantizer import block_norm, hull
 from ..weights import to_device
 from . import Problem, parts_of
-from .linear_data import draw
+from .linear_data import LinearData, draw
 
 FUNCTION = "linear"
 
@@ -53,6 +54,13 @@ def _spread(bias):
     buffer = torch.full((2 * len(bias),), torch.nan, dtype=bias.dtype, device=bias.device)
     buffer[::2] = bias
     return buffer[::2]
+
+
+def truth_of(x, q, bias, device, x_format=None):
+    """The Truth of a call that no strategy drew: x (m, k), q and bias on the CPU; device: where its result is computed."""
+    (dtype,) = (name for name, known in DTYPES.items() if known == x.dtype)
+    case = LinearCase(n=q.shape[0], k=q.shape[1], format=q.format, lead=(len(x),), dtype=dtype, x_format=x_format, data="normal")
+    return Truth(LinearData(case, x, q, bias, None, False), device, tuple(VARIANTS))
 
 
 class Truth:

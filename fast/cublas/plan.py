@@ -10,10 +10,10 @@ import torch
 import triton.language as tl
 from torch.nn.functional import pad
 
+from fast.scale import decoded_scale
 from fast.triton.jit import Launcher, kernel, multiple_of_16
 from fast.triton.quantize_input import InputQuantizer
-from ref.element import NAMED, values
-from ref.format import SCALE_DTYPES
+from ref.element import NAMED
 
 from . import FP8
 
@@ -47,8 +47,7 @@ class Plan:
         codes = q.packed.contiguous().view(torch.uint8)[:, : self.k]
         codes = pad(codes, (0, columns - self.k, 0, rows - self.n)).contiguous() if (rows, columns) != tuple(q.shape) else codes
         self.weight = codes.view(FP8[q.format.element]).T
-        target = SCALE_DTYPES[q.format.scale]
-        scale = q.scale.float() if isinstance(target, torch.dtype) else values(target, q.scale.device)[q.scale.long()].float()
+        scale = decoded_scale(q.scale, q.format.scale).float()
         self.w_scale = pad(scale.reshape(-1).expand(self.n), (0, rows - self.n)).contiguous()
         self.tensor_scale = scale.reshape(()) if q.format.group == (0, 0) else None
         self.one = torch.ones((), device=self.device)

@@ -8,8 +8,8 @@ and without a tensor scale so would the power of two by which Humming shifts sma
 import torch
 from torch.nn.functional import pad
 
+from fast.scale import decoded_scale
 from ref.element import Int, values
-from ref.format import SCALE_DTYPES
 
 from .rules import exponent_shift, group_size, in_blocks, scale_dtype
 
@@ -104,8 +104,7 @@ def _check_codes(q):
 def _scales(q, dtype):
     """The scales of groups in this dtype, exactly, and the scale of the tensor, float32 (1,)."""
     fmt = q.format
-    target = SCALE_DTYPES[fmt.scale]
-    exact = q.scale.double() if isinstance(target, torch.dtype) else values(target, q.scale.device)[q.scale.long()]
+    exact = decoded_scale(q.scale, fmt.scale)
     if fmt.group == (0, 0):
         return torch.ones(1, 1, dtype=dtype, device=q.scale.device), exact.reshape(1).float()
     scale = exact.to(dtype)

@@ -1,0 +1,12 @@
+"""Stored scales as numbers."""
+
+import torch
+
+from ref.element import values
+from ref.format import SCALE_DTYPES
+
+
+def decoded_scale(scale, name):
+    """Scales as they are stored, in a float dtype or as codes of an 8-bit element: float64, exactly."""
+    target = SCALE_DTYPES[name]
+    return scale.to(torch.float64) if isinstance(target, torch.dtype) else values(target, scale.device)[scale.long()]
