@@ -55,9 +55,10 @@ def generated(draw):
     gk = draw(st.sampled_from(GROUPS))
     gn = draw(st.sampled_from((1, 1, 1, 1, 0, 2, 5, 128)))
     zero = draw(st.sampled_from((None, "int", "fp16", "bf16", "fp32"))) if isinstance(element, Int) and not element.signed else None
-    scale_2 = draw(st.sampled_from((None, None, None, "tensor", "channel")))
+    scale_2 = draw(st.sampled_from((None, None, None, None, "tensor", "channel", "tensor_divisor", "channel_divisor")))
+    offset = draw(st.sampled_from((None, None, None, "fp16", "bf16", "fp32"))) if zero is None and scale_2 is None else None
     rotation = draw(st.sampled_from((0, 0, 0, 0, 2, 4, 16, 64)))
-    return short(Format(element, draw(st.sampled_from(SCALES)), (gn, gk), zero, scale_2, rotation))
+    return short(Format(element, draw(st.sampled_from(SCALES)), (gn, gk), zero, scale_2, rotation, offset))
 
 
 @st.composite

@@ -9,7 +9,7 @@ import torch
 from ref.element import Float, Int, encode, max_value, min_value, value_list
 from ref.format import SCALE_DTYPES, parse_format
 from ref.pack import pack
-from ref.qtensor import QTensor
+from ref.qtensor import TENSORS, QTensor
 from ref.rounding import round_to
 from ref.scale import encode_scale
 
@@ -65,18 +65,24 @@ def draw_weight(seed, fmt, shape, data="normal", order=False, bits=7, scales=Tru
         zero = zero.to(torch.uint8) if fmt.zero == "int" else round_to(zero, SCALE_DTYPES[fmt.zero])
     scale_2 = None
     if fmt.scale_2 is not None:
-        noise = hashed(seed, "scale_2", *lead, n if fmt.scale_2 == "channel" else 1, 1)
+        noise = hashed(seed, "scale_2", *lead, n if fmt.scale_2.startswith("channel") else 1, 1)
         scale_2 = torch.ldexp(torch.ones(noise.shape), below(noise, 3) - 1)
         scale_2 = scale_2 if data == "exact" else scale_2 * (1 + (noise >> 32 & 0x7FFFFF).float() * 2.0**-23) * 0.25
     group_index = None
     if order and fmt.group[1] and k:
-        group_index = torch.argsort(hashed(seed, "order", k), stable=True).div(fmt.group[1], rounding_mode="floor").int()
-    return QTensor(fmt, tuple(shape), pack(codes, fmt.element.bits), encode_scale(scale, fmt.scale), zero, scale_2, group_index)
+        group_index = torch.argsort(hashed(seed, "order", *lead, k), stable=True).div(fmt.group[1], rounding_mode="floor").int()
+    offset = None
+    if fmt.offset is not None:
+        noise = hashed(seed, "offset", *scale_shape)
+        steps = below(noise, 33) - 16
+        offset = torch.ldexp(steps.double(), shift) if data == "exact" else (steps + (noise >> 33 & 0xFFFFFF).double() * 2.0**-24) * scale
+        offset = encode_scale(offset, fmt.offset)
+    return QTensor(fmt, tuple(shape), pack(codes, fmt.element.bits), encode_scale(scale, fmt.scale), zero, scale_2, group_index, offset)
 
 
 def to_device(q, device):
     """The QTensor on another device (a new QTensor, with tensors of its own)."""
-    parts = {name: getattr(q, name) for name in ("packed", "scale", "zero", "scale_2", "group_index")}
+    parts = {name: getattr(q, name) for name in TENSORS}
     return replace(q, **{name: t.to(device, copy=True) for name, t in parts.items() if t is not None})
 
 

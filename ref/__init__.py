@@ -7,12 +7,13 @@ torch.Size([3, 64])
 """
 
 from .activation import quantize_input
+from .combine import fuse, stack, take_rows
 from .element import Codebook, Float, Int, decode, encode, parse_element
 from .format import FORMATS, Format, parse_format
 from .hadamard import hadamard
 from .linear import VARIANTS, linear, linear_variant
 from .pack import pack, unpack
-from .qtensor import QTensor, validate
+from .qtensor import QTensor, equal, validate
 from .quantize import dequantize, quantize
 from .rule import RULES
 
@@ -28,6 +29,8 @@ __all__ = [
     "decode",
     "dequantize",
     "encode",
+    "equal",
+    "fuse",
     "hadamard",
     "linear",
     "linear_variant",
@@ -36,6 +39,8 @@ __all__ = [
     "parse_format",
     "quantize",
     "quantize_input",
+    "stack",
+    "take_rows",
     "unpack",
     "validate",
 ]

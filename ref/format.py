@@ -23,19 +23,23 @@ SCALE_DTYPES = {
     "e8m0": NAMED["e8m0"],
 }
 ZERO_DTYPES = ("int", "fp32", "fp16", "bf16")
+# What a second-level scale belongs to, and the part of a format's name that says so.
+SCALE_2 = {"tensor": "tensor2", "channel": "channel2", "tensor_divisor": "tensor2div", "channel_divisor": "channel2div"}
 
 
 @dataclass(frozen=True)
 class Format:
-    """What the parts of a QTensor mean: w[n, k] = (value[code] - zero) * scale * scale_2, then the inverse rotation.
+    """What the parts of a QTensor mean: w[n, k] = (value[code] - zero) * scale * scale_2 + offset, then the inverse rotation.
 
     element: the map from code to value.
     scale: the name of the scale's dtype, a key of SCALE_DTYPES.
     group: (gn, gk): how many rows and columns share one scale (and zero); 0 means the whole axis.
         tensor (0, 0), channel (1, 0), group of g along k (1, g), block (gn, gk). A last, partial group is a group.
     zero: None, "int" (stored as uint8) or the name of a float dtype; only with unsigned integers. It is subtracted before scaling.
-    scale_2: None, "tensor" (one float32) or "channel" (a float32 for each row): the second-level scale.
+    scale_2: None, "tensor" (one float32) or "channel" (a float32 for each row): the second-level scale. "tensor_divisor" and
+        "channel_divisor" divide by it: 1 / scale_2 is no float32 in general, so checkpoints that store divisors need their own word.
     hadamard: 0, or the size of the blocks along k that an orthonormal Hadamard matrix has rotated before quantization.
+    offset: None, or the name of the float dtype of what is added after scaling, one for each group.
 
     Format names parse and print: int4_g128, uint4z_g64, fp8_e4m3_b128x128, mxfp4, nvfp4, nf4_g64 (see parse_format).
     """
@@ -46,6 +50,7 @@ class Format:
     zero: str | None = None
     scale_2: str | None = None
     hadamard: int = 0
+    offset: str | None = None
 
     def __post_init__(self):
         if self.scale not in SCALE_DTYPES:
@@ -56,8 +61,12 @@ class Format:
             raise ValueError(
                 f"Format: got zero={self.zero!r} on {self.element}: expected one of {', '.join(ZERO_DTYPES)}, on an unsigned integer"
             )
-        if self.scale_2 not in (None, "tensor", "channel"):
-            raise ValueError(f"Format: got scale_2={self.scale_2!r}, expected None, 'tensor' or 'channel'")
+        if self.scale_2 is not None and self.scale_2 not in SCALE_2:
+            raise ValueError(f"Format: got scale_2={self.scale_2!r}, expected None or one of {', '.join(SCALE_2)}")
+        if self.offset is not None and (self.offset not in ZERO_DTYPES[1:] or self.zero is not None or self.scale_2 is not None):
+            raise ValueError(
+                f"Format: got offset={self.offset!r}, expected None or one of {', '.join(ZERO_DTYPES[1:])}, without zero and scale_2"
+            )
         if self.hadamard < 0 or self.hadamard & (self.hadamard - 1):
             raise ValueError(f"Format: got hadamard={self.hadamard}, expected 0 or a power of two")
 
@@ -69,7 +78,8 @@ class Format:
         parts = [element + ("z" if self.zero == "int" else ""), _granularity(self.group)]
         parts += [self.scale] if self.scale != "fp32" else []
         parts += [f"z{self.zero}"] if self.zero not in (None, "int") else []
-        parts += [f"{self.scale_2}2"] if self.scale_2 else []
+        parts += [f"o{self.offset}"] if self.offset else []
+        parts += [SCALE_2[self.scale_2]] if self.scale_2 else []
         parts += [f"h{self.hadamard}"] if self.hadamard else []
         return "_".join(p for p in parts if p)
 
@@ -84,8 +94,8 @@ class Format:
         *lead, n, k = shape
         count = torch.Size(lead).numel()
         groups = torch.Size(self.scale_shape(shape)).numel()
-        bits = count * n * k * self.element.bits + groups * _bits(self.scale) + groups * _bits(self.zero)
-        bits += count * 32 * {None: 0, "tensor": 1, "channel": n}[self.scale_2]
+        bits = count * n * k * self.element.bits + groups * (_bits(self.scale) + _bits(self.zero) + _bits(self.offset))
+        bits += count * 32 * (0 if self.scale_2 is None else n if self.scale_2.startswith("channel") else 1)
         return bits / max(count * n * k, 1)
 
 
@@ -111,6 +121,7 @@ FORMATS = {
     "int3_g128": Format(Int(3), group=(1, 128)),
     "int2_g64": Format(Int(2), group=(1, 64)),
     "uint4z_g128": Format(Int(4, signed=False), group=(1, 128), zero="int"),
+    "uint4_g32_fp16_ofp16": Format(Int(4, signed=False), scale="fp16", group=(1, 32), offset="fp16"),
     "uint4_g64_fp16_zfp16": Format(Int(4, signed=False), scale="fp16", group=(1, 64), zero="fp16"),
     "fp8": Format(NAMED["e4m3"]),
     "fp8_e5m2": Format(NAMED["e5m2"]),
@@ -132,7 +143,8 @@ def parse_format(name):
     A name in FORMATS, or parts joined by "_": an element (int4; uint4z with an integer zero point; fp8_e4m3, fp6_e3m2,
     fp4_e2m1; nf4), then in any order a granularity (tensor, channel, g128, b128x128; token is channel, said of
     activations; channel where none is given), the scale's dtype (fp32 where none is given), the float zero point's dtype
-    (zfp16), a second-level scale (tensor2, channel2), a rotation (h128). "fp8" alone is e4m3, "fp4" alone is e2m1.
+    (zfp16), the offset's dtype (ofp16), a second-level scale (tensor2, channel2, tensor2div, channel2div), a rotation (h128).
+    "fp8" alone is e4m3, "fp4" alone is e2m1.
 
     Args:
         name: str, or a Format, which is returned as it is.
@@ -194,8 +206,10 @@ def _parse_part(part):
         return "scale", part
     if part[:1] == "z" and part[1:] in ZERO_DTYPES:
         return "zero", part[1:]
-    if part in ("tensor2", "channel2"):
-        return "scale_2", part[:-1]
+    if part[:1] == "o" and part[1:] in ZERO_DTYPES[1:]:
+        return "offset", part[1:]
+    if part in SCALE_2.values():
+        return "scale_2", next(kind for kind, name in SCALE_2.items() if name == part)
     if match := re.fullmatch(r"h([1-9]\d*)", part):
         return "hadamard", int(match[1])
     raise ValueError(f"{part!r} is no part of a format name")
@@ -214,6 +228,8 @@ def check_input_format(fmt, x_scale, operation):
     element = fmt.element
     if isinstance(element, Codebook) or not element.signed or (isinstance(element, Int) and element.bits < 2) or fmt.zero is not None:
         raise ValueError(f"{operation}: x cannot be quantized to {fmt}: expected signed integers of 2 bits or more, or signed floats")
+    if fmt.offset is not None or (fmt.scale_2 or "").endswith("divisor"):
+        raise ValueError(f"{operation}: x cannot be quantized to {fmt}: expected no offset, and no divisor")
     if fmt.group not in ((0, 0), (1, 0)) and (fmt.group[0] != 1 or fmt.group[1] == 0):
         raise ValueError(f"{operation}: x cannot be quantized to {fmt}: expected scales by tensor, token or group")
     if fmt.scale_2 is not None and (fmt.group[1] == 0 or (fmt.scale_2 == "channel" and fmt.scale != "e4m3")):

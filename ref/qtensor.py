@@ -15,8 +15,8 @@ from .pack import words_per_row
 class QTensor:
     """A weight (n, k), a stack of expert weights (e, n, k), or activations (m, k), quantized.
 
-    w[n, k] = (value[code[n, k]] - zero) * scale * scale_2, and then the inverse rotation where the format has one; scale and
-    zero of the group that (n, k) is in.
+    w[n, k] = (value[code[n, k]] - zero) * scale * scale_2 + offset, and then the inverse rotation where the format has one;
+    scale, zero and offset of the group that (n, k) is in.
 
     Invariants, which validate checks:
         format: a Format.
@@ -24,8 +24,9 @@ class QTensor:
         packed: int32 (..., n, ceil(k * bits / 32)): each row's codes as a little-endian bitstream (pack), padded with zero bits.
         scale: format.scale_shape(shape); the scale's torch dtype, or uint8 codes for a scale dtype that is an 8-bit element.
         zero: shape of scale, uint8 for "int", else the float dtype; None where the format has no zero point.
-        scale_2: float32, (..., 1, 1) for "tensor", (..., n, 1) for "channel"; None where the format has none.
-        group_index: None, or int32 (k,): the group, a column of scale, that each k is in. Without it, k is in group k // gk.
+        scale_2: float32, (..., 1, 1) for "tensor", (..., n, 1) for "channel"; divisors likewise; None where the format has none.
+        group_index: None, or int32 (..., k): the group, a column of scale, that each k is in. Without it, k is in group k // gk.
+        offset: shape of scale, in the format's float dtype; None where the format has none.
         All on one device.
 
     It is a pytree (its tensors are the leaves), compares and hashes by identity, and has no method that computes.
@@ -38,12 +39,13 @@ class QTensor:
     zero: torch.Tensor | None = None
     scale_2: torch.Tensor | None = None
     group_index: torch.Tensor | None = None
+    offset: torch.Tensor | None = None
 
     def __repr__(self):
         return f"QTensor({self.format}, shape={tuple(self.shape)}, device={self.packed.device})"
 
 
-TENSORS = ("packed", "scale", "zero", "scale_2", "group_index")
+TENSORS = ("packed", "scale", "zero", "scale_2", "group_index", "offset")
 
 pytree.register_pytree_node(
     QTensor,
@@ -70,7 +72,7 @@ def validate(q):
     last = k * fmt.element.bits % 32
     if last and bool((q.packed[..., -1].long() & 0xFFFFFFFF >= 2**last).any()):
         raise ValueError(f"validate: packed of {fmt} has bits set behind the last code of a row (k={k})")
-    for name in ("scale", "zero", "scale_2"):
+    for name in ("scale", "zero", "scale_2", "offset"):
         tensor = getattr(q, name)
         if tensor is None or (name == "zero" and fmt.zero == "int"):
             continue
@@ -80,13 +82,23 @@ def validate(q):
             finite = torch.tensor([math.isfinite(v) for v in value_list(SCALE_DTYPES[fmt.scale])], device=tensor.device)[tensor.long()]
         if not bool(finite.all()):
             raise ValueError(f"validate: {name} of {fmt} is NaN or inf at {tuple((~finite).nonzero()[0].tolist())}")
-    if q.group_index is not None and k:
+    if fmt.scale_2 is not None and fmt.scale_2.endswith("divisor") and bool((q.scale_2 == 0).any()):
+        raise ValueError(f"validate: scale_2 of {fmt} is 0 at {tuple((q.scale_2 == 0).nonzero()[0].tolist())}, and weights are divided by it")
+    if q.group_index is not None and q.group_index.numel():
         low, high, groups = int(q.group_index.min()), int(q.group_index.max()), q.scale.shape[-1]
         if low < 0 or high >= groups:
             raise ValueError(f"validate: group_index ranges from {low} to {high}, expected 0 to {groups - 1}")
     if fmt.zero == "int" and q.zero.numel() and int(q.zero.max()) >= 2**fmt.element.bits:
         raise ValueError(f"validate: zero of {fmt} reaches {int(q.zero.max())}, expected at most {2**fmt.element.bits - 1}")
     return q
+
+
+def equal(a, b):
+    """Whether two QTensors have the same format, shape and tensors, part by part (0 equals -0, as numbers do)."""
+    if a.format != b.format or tuple(a.shape) != tuple(b.shape):
+        return False
+    pairs = [(getattr(a, name), getattr(b, name)) for name in TENSORS]
+    return all((s is None) == (t is None) and (s is None or (s.dtype == t.dtype and torch.equal(s, t))) for s, t in pairs)
 
 
 def check_parts(q, operation):
@@ -112,8 +124,9 @@ def check_parts(q, operation):
         "packed": (torch.int32, (*lead, n, words_per_row(k, fmt.element.bits))),
         "scale": (scale_dtype if isinstance(scale_dtype, torch.dtype) else torch.uint8, scale_shape),
         "zero": (zero_dtype, scale_shape),
-        "scale_2": (fmt.scale_2 and torch.float32, (*lead, n if fmt.scale_2 == "channel" else 1, 1)),
-        "group_index": (None if q.group_index is None else torch.int32, (k,)),
+        "scale_2": (fmt.scale_2 and torch.float32, (*lead, n if (fmt.scale_2 or "").startswith("channel") else 1, 1)),
+        "group_index": (None if q.group_index is None else torch.int32, (*lead, k)),
+        "offset": (fmt.offset and SCALE_DTYPES[fmt.offset], scale_shape),
     }
     for name, (dtype, part_shape) in expected.items():
         tensor = getattr(q, name)

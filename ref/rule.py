@@ -8,7 +8,7 @@ group of zeros takes scale 1 (power-of-two rules: the smallest).
 
 import torch
 
-from .element import Float, Int, decode, encode, largest
+from .element import Float, Int, decode, encode, largest, max_value, min_value
 from .format import SCALE_DTYPES
 from .scale import decode_scale, encode_scale
 
@@ -31,10 +31,13 @@ def full_range(tiles, valid, fmt):
 
 
 def minmax(tiles, valid, fmt):
-    """scale = (max w - min w) / (2^b - 1), with a zero point: zero = -min w / scale."""
-    _needs(fmt.zero is not None, "minmax", fmt, "a zero point")
+    """scale = (max w - min w) / (2^b - 1), with a zero point, zero = -min w / scale, or an offset: min w - the lowest value * scale.
+
+    Elements that are no integers have their largest value less their lowest in the place of 2^b - 1.
+    """
+    _needs(fmt.zero is not None or fmt.offset is not None, "minmax", fmt, "a zero point or an offset")
     low, high = tiles.amin(-1).clamp(max=0), tiles.amax(-1).clamp(min=0)
-    return _nonzero((high - low) / (2**fmt.element.bits - 1)), low
+    return _nonzero((high - low) / (max_value(fmt.element) - min_value(fmt.element))), low
 
 
 def mx_floor(tiles, valid, fmt):
@@ -99,6 +102,9 @@ def mse(tiles, valid, fmt):
                 if fmt.zero == "int"
                 else decode_scale(encode_scale(zero, fmt.zero), fmt.zero)
             )
+        elif fmt.offset is not None:
+            offset = low[..., None] * shrink - min_value(fmt.element) * stored
+            zero = -decode_scale(encode_scale(offset, fmt.offset), fmt.offset) / stored
         values = (decode(encode(tiles / stored + zero, fmt.element), fmt.element) - zero) * stored
         error = torch.where(valid, (values - tiles).abs() ** MSE_NORM, 0.0).sum(-1)
         better = error < best
@@ -123,8 +129,8 @@ RULES = {
 
 
 def default_rule(fmt):
-    """The usual rule of a format: minmax with a zero point, two_level with a second-level scale, mx_floor for e8m0, else absmax."""
-    if fmt.zero is not None:
+    """The usual rule of a format: minmax with a zero point or an offset, two_level with a second-level scale, mx_floor for e8m0, else absmax."""
+    if fmt.zero is not None or fmt.offset is not None:
         return "minmax"
     if fmt.scale_2 is not None:
         return "two_level"

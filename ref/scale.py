@@ -23,6 +23,13 @@ def decode_scale(scale, name):
     return scale.to(torch.float64) if isinstance(target, torch.dtype) else decode(scale, target)
 
 
+def times_scale_2(t, fmt, scale_2):
+    """t (..., n, k) or (..., a, b), times the second-level scale or divided by it, as the format says; t where it has none."""
+    if scale_2 is None:
+        return t
+    return t / scale_2.to(torch.float64) if fmt.scale_2.endswith("divisor") else t * scale_2.to(torch.float64)
+
+
 def round_up(scale, name):
     """Positive scales as they are stored, rounded up; the largest where none is large enough."""
     stored = encode_scale(scale, name)

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from .element import NAMED, Float, Int, parse_element
-from .format import FORMATS, SCALE_DTYPES, Format, parse_format
+from .format import FORMATS, SCALE_2, SCALE_DTYPES, Format, parse_format
 from .test_element import FLOATS, INTS
 
 GROUPS = st.sampled_from([(0, 0), (1, 0), (1, 1), (1, 16), (1, 64), (1, 128), (128, 128), (8, 16), (0, 32), (4, 0), (2, 1)])
@@ -20,8 +20,9 @@ def formats(draw):
     unsigned = isinstance(element, Int) and not element.signed
     zero = draw(st.sampled_from([None, "int", "fp32", "fp16", "bf16"])) if unsigned else None
     hadamard = draw(st.sampled_from([0, 1, 2, 16, 128, 512]))
-    scale_2 = draw(st.sampled_from([None, "tensor", "channel"]))
-    return Format(element, draw(st.sampled_from(list(SCALE_DTYPES))), draw(GROUPS), zero, scale_2, hadamard)
+    scale_2 = draw(st.sampled_from([None, *SCALE_2]))
+    offset = draw(st.sampled_from([None, "fp32", "fp16", "bf16"])) if zero is None and scale_2 is None else None
+    return Format(element, draw(st.sampled_from(list(SCALE_DTYPES))), draw(GROUPS), zero, scale_2, hadamard, offset)
 
 
 @given(formats())

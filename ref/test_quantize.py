@@ -17,7 +17,8 @@ from .rule import RULES
 from .scale import decode_scale, encode_scale
 
 NAMES = [*(n for n in FORMATS if n != "fp8_e4m3_b128x128"), "fp8_e4m3_b8x32", "int1_g32", "int2_tensor", "uint3z_b8x16_bf16", "fp4_e0m3_g64_h8", "uint5_g32_zfp32", "int4_g32_ue5m3", "iq4nl_g32_fp16",
-         "int8_channel2_g16_e5m2", "fp6_e2m3_b0x32", "fp8_tensor", "int7_g24", "fp8_e4m3_channel2_bf16_g48", "uint8_zbf16", "fp4_g16_ue5m3"]  # fmt: skip
+         "int8_channel2_g16_e5m2", "fp6_e2m3_b0x32", "fp8_tensor", "int7_g24", "fp8_e4m3_channel2_bf16_g48", "uint8_zbf16", "fp4_g16_ue5m3",
+         "int5_g32_ofp32", "fp4_e2m1_b4x32_obf16", "nf4_g64_fp16_ofp16", "fp4_e2m1_g16_e4m3_tensor2div", "int8_channel2div"]  # fmt: skip
 
 
 def normal(*shape, seed=0, dtype=torch.float32):
@@ -30,7 +31,7 @@ def codes_of(q):
 
 def applies(rule, fmt):
     signed_int = isinstance(fmt.element, Int) and fmt.element.signed
-    needs = {"full_range": signed_int, "negative_scale": signed_int, "minmax": fmt.zero is not None,
+    needs = {"full_range": signed_int, "negative_scale": signed_int, "minmax": fmt.zero is not None or fmt.offset is not None,
              "mx_even": isinstance(fmt.element, Float), "two_level": fmt.scale_2 is not None}  # fmt: skip
     return needs.get(rule, True)
 
@@ -47,7 +48,9 @@ def candidates(q):
     grid = values(q.format.element).expand(n, k, -1)
     grid = grid - (0 if q.zero is None else spread(q.zero.double()))
     grid = grid * spread(decode_scale(q.scale, q.format.scale))
-    return grid if q.scale_2 is None else grid * q.scale_2.double()[..., None]
+    if q.scale_2 is not None:
+        grid = grid / q.scale_2.double()[..., None] if q.format.scale_2.endswith("divisor") else grid * q.scale_2.double()[..., None]
+    return grid if q.offset is None else grid + spread(q.offset.double())
 
 
 def assert_nearest(q, w):
@@ -223,13 +226,13 @@ def random_qtensor(fmt, n, k, seed, group_index=False):
             if fmt.zero == "int"
             else floats(shape, SCALE_DTYPES[fmt.zero])
         )
-    second = {None: None, "tensor": (1, 1), "channel": (n, 1)}[fmt.scale_2]
+    second = fmt.scale_2 and {"tensor": (1, 1), "channel": (n, 1)}[fmt.scale_2.removesuffix("_divisor")]
     finite = torch.tensor([c for c, v in enumerate(value_list(fmt.element)) if math.isfinite(v)])
     codes = finite[torch.randint(len(finite), (n, k), generator=g)]
     index = torch.randint(shape[-1], (k,), generator=g).int() if group_index else None
-    return QTensor(
-        fmt, (n, k), pack(codes, fmt.element.bits), scale, zero, None if second is None else floats(second, torch.float32), index
-    )
+    scale_2 = None if second is None else floats(second, torch.float32)
+    offset = None if fmt.offset is None else floats(shape, SCALE_DTYPES[fmt.offset])
+    return QTensor(fmt, (n, k), pack(codes, fmt.element.bits), scale, zero, scale_2, index, offset)
 
 
 def significant_bits(v):
@@ -249,14 +252,16 @@ def test_dequantize_is_exact(name, group_index):
             g = (i // gn, int(q.group_index[j]) if group_index else j // gk)
             value = Fraction(value_list(fmt.element)[codes[i][j]]) - (0 if q.zero is None else Fraction(q.zero[g].item()))
             second = Fraction(1) if q.scale_2 is None else Fraction(q.scale_2[i if len(q.scale_2) > 1 else 0, 0].item())
-            factors = (value, Fraction(scale[g].item()), second)
+            divided = fmt.scale_2 is not None and fmt.scale_2.endswith("divisor")
+            factors = (value, Fraction(scale[g].item()), 1 / second if divided else second)
             exact = factors[0] * factors[1] * factors[2]
-            if sum(map(significant_bits, factors)) <= 53:
+            size, exact = abs(exact), exact + (0 if q.offset is None else Fraction(q.offset[g].item()))
+            if sum(map(significant_bits, factors)) <= 53 and not divided and significant_bits(exact) <= 53:
                 assert Fraction(got[i][j]) == exact
-            else:  # a difference and two products, each rounded
+            else:  # a difference and two products, and the sum with an offset, each rounded
                 inexact += 1
-                assert abs(Fraction(got[i][j]) - exact) <= abs(exact) * 4 * Fraction(2) ** -53
-    assert not inexact or fmt.scale_2 or fmt.zero not in (None, "int")
+                assert abs(Fraction(got[i][j]) - exact) <= (size * 3 + abs(exact)) * Fraction(2) ** -53
+    assert not inexact or fmt.scale_2 or fmt.offset or fmt.zero not in (None, "int")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
