@@ -83,6 +83,18 @@ def take_rows(q, index):
     return replace(q, shape=(*q.shape[:-2], index.numel(), q.shape[-1]), **parts)
 
 
+def take_expert(q, expert):
+    """One weight (n, k) of a stack (e, n, k).
+
+    Raises:
+        ValueError: q is no stack, or has no such expert.
+    """
+    if len(q.shape) != 3 or not 0 <= expert < q.shape[0]:
+        raise ValueError(f"take_expert: got expert {expert} of shape {tuple(q.shape)}, expected one of a stack (e, n, k)")
+    parts = {name: getattr(q, name)[expert] for name in TENSORS if getattr(q, name) is not None}
+    return QTensor(q.format, tuple(q.shape[1:]), **parts)
+
+
 def by_row(q):
     """The same numbers with scales for each row: group (gn, gk) becomes (1, gk), second-level scales of a tensor those of its rows."""
     n, gn = q.shape[-2], q.format.group[0]
