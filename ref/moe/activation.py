@@ -1,27 +1,12 @@
 """What stands between an expert's two products."""
 
 import math
-from dataclasses import dataclass
 
 import torch
 
 from ..activation import quantize_input
 from ..rounding import round_to
-
-
-@dataclass(frozen=True)
-class Activation:
-    """function(gate, up, limit, alpha, beta, up_beta) in float64; up is None where the input is not halved.
-
-    interleaved: gate is every second column, not the first half. needs: parameters without a default. defaults: of the others.
-    """
-
-    function: object
-    gated: bool = True
-    interleaved: bool = False
-    takes: tuple = ()
-    needs: tuple = ()
-    defaults: tuple = ()
+from .check import ACTIVATIONS, check_activation
 
 
 def _silu(g):
@@ -58,20 +43,20 @@ def _situ(g, u, p):
     return soft * (u if p["up_beta"] is None else p["up_beta"] * torch.tanh(u / p["up_beta"]))
 
 
-OAI = (("limit", 7.0), ("alpha", 1.702), ("beta", 1.0))
-ACTIVATIONS = {
-    "silu": Activation(lambda g, u, p: _silu(_capped(g, p["limit"])) * _clamped(u, p["limit"]), takes=("limit",)),
-    "gelu": Activation(lambda g, u, p: _gelu(g) * u),
-    "gelu_tanh": Activation(lambda g, u, p: _gelu_tanh(g) * u),
-    "relu2": Activation(lambda g, u, p: _relu2(g) * u),
-    "swigluoai": Activation(_swigluoai, interleaved=True, takes=("limit", "alpha", "beta"), defaults=OAI),
-    "swigluoai_uninterleave": Activation(_swigluoai, takes=("limit", "alpha", "beta"), needs=("limit",), defaults=OAI[1:]),
-    "swiglustep": Activation(lambda g, u, p: _capped(_silu(g), p["limit"]) * _clamped(u, p["limit"]), takes=("limit",), defaults=OAI[:1]),
-    "situ": Activation(_situ, takes=("beta", "up_beta"), needs=("beta",)),
-    "silu_no_mul": Activation(lambda g, u, p: _silu(g), gated=False),
-    "gelu_no_mul": Activation(lambda g, u, p: _gelu(g), gated=False),
-    "gelu_tanh_no_mul": Activation(lambda g, u, p: _gelu_tanh(g), gated=False),
-    "relu2_no_mul": Activation(lambda g, u, p: _relu2(g), gated=False),
+# Of gate and up, float64, and the parameters.
+FUNCTIONS = {
+    "silu": lambda g, u, p: _silu(_capped(g, p["limit"])) * _clamped(u, p["limit"]),
+    "gelu": lambda g, u, p: _gelu(g) * u,
+    "gelu_tanh": lambda g, u, p: _gelu_tanh(g) * u,
+    "relu2": lambda g, u, p: _relu2(g) * u,
+    "swigluoai": _swigluoai,
+    "swigluoai_uninterleave": _swigluoai,
+    "swiglustep": lambda g, u, p: _capped(_silu(g), p["limit"]) * _clamped(u, p["limit"]),
+    "situ": _situ,
+    "silu_no_mul": lambda g, u, p: _silu(g),
+    "gelu_no_mul": lambda g, u, p: _gelu(g),
+    "gelu_tanh_no_mul": lambda g, u, p: _gelu_tanh(g),
+    "relu2_no_mul": lambda g, u, p: _relu2(g),
 }
 
 
@@ -116,27 +101,9 @@ def activate(x, activation, **given):
     chosen = ACTIVATIONS[activation]
     v = x.detach().to(torch.float64)
     if not chosen.gated:
-        return chosen.function(v, None, parameters)
+        return FUNCTIONS[activation](v, None, parameters)
     gate, up = (v[..., 0::2], v[..., 1::2]) if chosen.interleaved else v.chunk(2, dim=-1)
-    return chosen.function(gate, up, parameters)
-
-
-def check_activation(x, activation, **given):
-    """The activation's parameters, defaults filled in; raises TypeError or ValueError where something does not fit; reads no data."""
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"moe_activation: unknown activation {activation!r}, expected one of {', '.join(ACTIVATIONS)}")
-    chosen = ACTIVATIONS[activation]
-    if not isinstance(x, torch.Tensor) or not x.dtype.is_floating_point:
-        raise TypeError(f"moe_activation: x is {x.dtype if isinstance(x, torch.Tensor) else type(x).__name__}, expected a float tensor")
-    if x.dim() < 1 or (chosen.gated and x.shape[-1] % 2):
-        raise ValueError(f"moe_activation: x has shape {tuple(x.shape)}, and {activation} needs an even number of columns: gate and up")
-    for name, value in given.items():
-        if value is not None and name not in chosen.takes:
-            raise ValueError(f"moe_activation: {activation} has no parameter {name}; it has {', '.join(chosen.takes) or 'none'}")
-        if value is None and name in chosen.needs:
-            raise ValueError(f"moe_activation: {activation} needs {name}")
-    set_by_caller = {name: value for name, value in given.items() if value is not None}
-    return dict.fromkeys(("limit", "alpha", "beta", "up_beta")) | dict(chosen.defaults) | set_by_caller
+    return FUNCTIONS[activation](gate, up, parameters)
 
 
 def _result(y, dtype, format):

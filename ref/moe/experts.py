@@ -3,9 +3,10 @@
 import torch
 
 from ..rounding import round_to
-from .activation import ACTIVATIONS, activate, check_activation
+from .activation import activate
+from .check import check_experts
 from .expert_map import local_ids
-from .grouped_linear import check_grouped, operand, product
+from .grouped_linear import operand, product
 
 # What kernels legitimately differ in: where results between the stages are rounded.
 VARIANTS = {
@@ -97,20 +98,3 @@ def _products(a, w, chosen, bias):
     for expert in chosen.unique().tolist():
         y[chosen == expert] = product(a[chosen == expert], w, expert, bias)
     return y
-
-
-def check_experts(x, w13, w2, topk_weights, topk_ids, activation, bias13, bias2, apply_router_weight_on_input, x_format, given):
-    """Refuse arguments of fused_experts that do not fit each other; reads no data."""
-    check_grouped(x, w13, bias13, x_format, None, 2)
-    if topk_ids.shape != topk_weights.shape or topk_ids.dim() != 2 or topk_ids.shape[0] != x.shape[0]:
-        raise ValueError(
-            f"fused_experts: topk_weights have shape {tuple(topk_weights.shape)}, topk_ids {tuple(topk_ids.shape)}, "
-            f"expected ({x.shape[0]}, top_k)"
-        )
-    if apply_router_weight_on_input and topk_ids.shape[1] != 1:
-        raise ValueError(f"fused_experts: apply_router_weight_on_input needs top_k = 1, got {topk_ids.shape[1]}")
-    check_activation(x.new_empty(0, w13.shape[1]), activation, **given)
-    inner = w13.shape[1] // (2 if ACTIVATIONS[activation].gated else 1)
-    check_grouped(x.new_empty(0, inner), w2, bias2, x_format, None, 2)
-    if w2.shape[0] != w13.shape[0]:
-        raise ValueError(f"fused_experts: w13 has {w13.shape[0]} experts, w2 has {w2.shape[0]} (both must match)")

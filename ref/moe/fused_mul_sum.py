@@ -3,6 +3,7 @@
 import torch
 
 from ..rounding import round_to
+from .check import check_mul_sum
 from .expert_map import local_ids
 
 
@@ -38,22 +39,3 @@ def moe_fused_mul_sum(inputs, topk_weights, topk_ids=None, expert_map=None):
         rows = here[:, slot]
         y[rows] += topk_weights[rows, slot, None].to(torch.float64) * inputs[rows, slot].to(torch.float64)
     return round_to(y, inputs.dtype)
-
-
-def check_mul_sum(inputs, topk_weights, topk_ids, expert_map):
-    """Refuse arguments that do not fit each other; reads no data."""
-    if inputs.dtype not in (torch.float32, torch.float16, torch.bfloat16) or not topk_weights.dtype.is_floating_point:
-        raise TypeError(
-            f"moe_fused_mul_sum: inputs are {inputs.dtype}, topk_weights {topk_weights.dtype}, expected fp32, fp16 or bf16, and floats"
-        )
-    if inputs.dim() != 3 or tuple(topk_weights.shape) != tuple(inputs.shape[:2]):
-        raise ValueError(
-            f"moe_fused_mul_sum: inputs have shape {tuple(inputs.shape)}, topk_weights {tuple(topk_weights.shape)}, expected (m, t, k) and (m, t)"
-        )
-    if topk_ids is None and expert_map is not None:
-        raise ValueError("moe_fused_mul_sum: got expert_map without topk_ids: nothing says which expert a slot belongs to")
-    if topk_ids is not None and tuple(topk_ids.shape) != tuple(inputs.shape[:2]):
-        raise ValueError(f"moe_fused_mul_sum: topk_ids have shape {tuple(topk_ids.shape)}, expected {tuple(inputs.shape[:2])}")
-    for name, tensor in (("topk_weights", topk_weights), ("topk_ids", topk_ids), ("expert_map", expert_map)):
-        if tensor is not None and tensor.device != inputs.device:
-            raise ValueError(f"moe_fused_mul_sum: inputs are on {inputs.device}, {name} on {tensor.device} (all must match)")

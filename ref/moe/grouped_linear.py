@@ -6,10 +6,10 @@ import torch
 
 from ..activation import quantize_input
 from ..combine import take_expert
-from ..linear import check_linear
 from ..qtensor import QTensor
 from ..quantize import dequantize
 from ..rounding import round_to
+from .check import check_grouped
 
 
 def grouped_linear(x, w, expert_first_token_offset, bias=None, *, x_format=None, x_scale=None):
@@ -56,7 +56,7 @@ def masked_linear(x, w, counts, bias=None, *, x_format=None, x_scale=None):
     Raises:
         TypeError, ValueError: as grouped_linear, or a count out of range.
     """
-    check_grouped(x, w, bias, x_format, x_scale, 3)
+    check_grouped(x, w, bias, x_format, x_scale, 3, "masked_linear")
     if tuple(counts.shape) != (w.shape[0],) or (counts.numel() and not 0 <= int(counts.min()) <= int(counts.max()) <= x.shape[1]):
         raise ValueError(f"masked_linear: counts are {counts.tolist()}, expected {w.shape[0]} from 0 to {x.shape[1]}")
     here = torch.arange(x.shape[1], device=x.device) < counts[:, None]
@@ -89,7 +89,7 @@ def indexed_linear(
     Raises:
         TypeError, ValueError: as grouped_linear, or an expert that is not below e.
     """
-    check_grouped(x, w, bias, x_format, x_scale, 2)
+    check_grouped(x, w, bias, x_format, x_scale, 2, "indexed_linear")
     n = x.shape[0] * top_k
     blocks = expert_ids.numel()
     block = -(-sorted_token_ids.numel() // blocks) if blocks else 1
@@ -117,17 +117,3 @@ def product(a, w, expert, bias):
     weight = dequantize(take_expert(w, expert)) if isinstance(w, QTensor) else w[expert].detach().to(torch.float64)
     y = a @ weight.T
     return y if bias is None else y + bias[expert].detach().to(torch.float64)
-
-
-def check_grouped(x, w, bias, x_format, x_scale, dims):
-    """Refuse what linear refuses, said of expert stacks; reads no data."""
-    if not isinstance(w, (QTensor, torch.Tensor)) or len(w.shape) != 3:
-        raise ValueError(f"grouped_linear: w has shape {tuple(getattr(w, 'shape', ()))}, expected (experts, n, k)")
-    if not isinstance(x, torch.Tensor) or x.dim() != dims or (dims == 3 and x.shape[0] != w.shape[0]):
-        expected = "(rows, k)" if dims == 2 else f"({w.shape[0]}, max_tokens, k)"
-        raise ValueError(f"grouped_linear: x has shape {tuple(getattr(x, 'shape', ()))}, expected {expected}")
-    if bias is not None and tuple(bias.shape) != tuple(w.shape[:2]):
-        raise ValueError(f"grouped_linear: bias has shape {tuple(bias.shape)}, expected {tuple(w.shape[:2])} (experts, n)")
-    if w.shape[0]:
-        one = take_expert(w, 0) if isinstance(w, QTensor) else w[0]
-        check_linear(x, one, None if bias is None else bias[0], x_format, x_scale)

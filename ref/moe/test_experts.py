@@ -11,8 +11,9 @@ from ref import dequantize, linear, quantize, quantize_input
 from ref.combine import take_expert
 from ref.rounding import round_to
 
-from .activation import ACTIVATIONS, moe_activation, silu_and_mul
+from .activation import moe_activation, silu_and_mul
 from .align import moe_align_block_size
+from .check import ACTIVATIONS
 from .expert_map import PLACEMENTS, expert_map
 from .experts import fused_experts, fused_experts_variant
 from .fused_mul_sum import moe_fused_mul_sum

@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from .topk import DENOMINATORS, SCORING, fused_topk, hash_topk
+from .check import DENOMINATORS, SCORING
+from .topk import fused_topk, hash_topk
 
 INF, NAN = math.inf, math.nan
 

@@ -3,16 +3,14 @@
 import torch
 
 from ..rounding import round_to
+from .check import DENOMINATORS, check_topk
 
-SCORING = {
+SCORES = {
     "softmax": lambda logits: logits.softmax(-1),
     "sigmoid": lambda logits: logits.sigmoid(),
     # DeepSeek-V4: the square root of softplus, written so that no term overflows.
     "sqrtsoftplus": lambda logits: (logits.clamp(min=0) + torch.log1p(torch.exp(-logits.abs()))).sqrt(),
 }
-
-# What engines divide by when they renormalize: the chosen scores' sum, or with something that keeps it from being zero.
-DENOMINATORS = {"sum": 0.0, "sum_1e-20": 1e-20}
 
 
 def fused_topk(
@@ -42,7 +40,7 @@ def fused_topk(
         logits: (m, e), any float dtype; e experts.
         top_k: 1 to e (with groups, to the experts of topk_group groups).
         renormalize: False, True ("sum"), or a key of DENOMINATORS.
-        scoring_func: a key of SCORING.
+        scoring_func: softmax, sigmoid or sqrtsoftplus.
         correction_bias: (e,), float, or None.
         num_expert_group, topk_group: both, or neither.
         num_shared_experts: as many slots are appended, with ids e, e + 1, ... and weight shared_weight (not scaled).
@@ -60,7 +58,7 @@ def fused_topk(
     (tensor([[1, 2]], dtype=torch.int32), tensor([[0.5000, 0.5000]]))
     """
     check_topk(logits, top_k, renormalize, scoring_func, correction_bias, num_expert_group, topk_group, num_shared_experts, num_valid)
-    score = SCORING[scoring_func](logits.detach().to(torch.float64))
+    score = SCORES[scoring_func](logits.detach().to(torch.float64))
     worth = selection(score, correction_bias, num_expert_group, topk_group)
     ids = worth.sort(dim=-1, descending=True, stable=True).indices[:, :top_k]
     return _weigh(score, ids, renormalize, routed_scaling_factor, num_shared_experts, shared_weight, num_valid)
@@ -97,7 +95,7 @@ def hash_topk(
     for name, ids, end in (("tokens", tokens, table.shape[0]), ("table", table, logits.shape[1])):
         if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < end:
             raise ValueError(f"hash_topk: {name} ranges from {int(ids.min())} to {int(ids.max())}, expected 0 to {end - 1}")
-    score = SCORING[scoring_func](logits.detach().to(torch.float64))
+    score = SCORES[scoring_func](logits.detach().to(torch.float64))
     ids = table[tokens.long()].long()
     return _weigh(score, ids, renormalize, routed_scaling_factor, num_shared_experts, shared_weight, num_valid)
 
@@ -127,31 +125,3 @@ def _weigh(score, ids, renormalize, routed_scaling_factor, num_shared_experts, s
     if num_valid is not None:
         ids[num_valid:], weights[num_valid:] = -1, 0
     return ids, weights
-
-
-def check_topk(logits, top_k, renormalize, scoring_func, correction_bias, num_expert_group, topk_group, num_shared_experts, num_valid):
-    """Refuse arguments of fused_topk that do not fit each other; reads no data."""
-    if not isinstance(logits, torch.Tensor) or not logits.dtype.is_floating_point:
-        raise TypeError(
-            f"fused_topk: logits are {logits.dtype if isinstance(logits, torch.Tensor) else type(logits).__name__}, expected a float tensor"
-        )
-    if logits.dim() != 2:
-        raise ValueError(f"fused_topk: logits have shape {tuple(logits.shape)}, expected (tokens, experts)")
-    m, e = logits.shape
-    if scoring_func not in SCORING:
-        raise ValueError(f"fused_topk: unknown scoring_func {scoring_func!r}, expected one of {', '.join(SCORING)}")
-    if renormalize not in (True, False, *DENOMINATORS):
-        raise ValueError(f"fused_topk: got renormalize={renormalize!r}, expected True, False or one of {', '.join(DENOMINATORS)}")
-    if correction_bias is not None and tuple(correction_bias.shape) != (e,):
-        raise ValueError(f"fused_topk: correction_bias has shape {tuple(correction_bias.shape)}, expected ({e},)")
-    if (num_expert_group is None) != (topk_group is None):
-        raise ValueError(f"fused_topk: got num_expert_group={num_expert_group} and topk_group={topk_group}, expected both or neither")
-    legal = e
-    if num_expert_group is not None:
-        if num_expert_group < 1 or e % num_expert_group or not 1 <= topk_group <= num_expert_group:
-            raise ValueError(f"fused_topk: {e} experts do not form {num_expert_group} groups of which {topk_group} are chosen")
-        legal = e // num_expert_group * topk_group
-    if not 1 <= top_k <= legal:
-        raise ValueError(f"fused_topk: got top_k={top_k}, expected 1 to {legal}, the experts to choose from")
-    if num_shared_experts < 0 or (num_valid is not None and not 0 <= num_valid <= m):
-        raise ValueError(f"fused_topk: got num_shared_experts={num_shared_experts}, num_valid={num_valid} of {m} rows")
