@@ -10,6 +10,43 @@ from .dispatch import IMPLEMENTATIONS, Prepared, prepare
 from .eager import dequantize
 from .hadamard import hadamard
 from .linear import linear, why_not
+from .moe import (
+    batched_moe_align_block_size,
+    estimate_local_valid_shape_m,
+    expert_map,
+    fused_topk,
+    get_global_valid_shape_m,
+    hash_topk,
+    moe_activation,
+    moe_align_block_size,
+    moe_fused_mul_sum,
+    moe_permute,
+    moe_scatter_masked,
+    moe_unpermute,
+    silu_and_mul,
+)
 from .quantize_input import quantize_input
 
-__all__ = ["IMPLEMENTATIONS", "Prepared", "dequantize", "hadamard", "linear", "prepare", "quantize_input", "why_not"]
+__all__ = [
+    "IMPLEMENTATIONS",
+    "Prepared",
+    "batched_moe_align_block_size",
+    "dequantize",
+    "estimate_local_valid_shape_m",
+    "expert_map",
+    "fused_topk",
+    "get_global_valid_shape_m",
+    "hadamard",
+    "hash_topk",
+    "linear",
+    "moe_activation",
+    "moe_align_block_size",
+    "moe_fused_mul_sum",
+    "moe_permute",
+    "moe_scatter_masked",
+    "moe_unpermute",
+    "prepare",
+    "quantize_input",
+    "silu_and_mul",
+    "why_not",
+]

@@ -1,5 +1,7 @@
 """Codes as checkpoints pack them: nibbles, bytes, words with an order of their own, two's complement."""
 
+import math
+
 import torch
 
 from ..pack import pack, unpack
@@ -49,13 +51,12 @@ def join_words(codes, bits, order=None):
 
 def stream(data, bits, k):
     """The first k codes of each row of a little-endian byte stream, uint8 (..., ceil(k * bits / 8)) or longer."""
-    padded = torch.nn.functional.pad(data, (0, -data.shape[-1] % 4)).contiguous().view(torch.int32)
-    return unpack(padded[..., : -(-k * bits // 32)], bits, k)
+    return unpack(from_bytes(data)[..., : -(-k * bits // 32)], bits, k)
 
 
 def join_stream(codes, bits):
     """The inverse of stream: uint8 (..., ceil(k * bits / 8))."""
-    return pack(codes, bits).view(torch.uint8)[..., : -(-codes.shape[-1] * bits // 8)].contiguous()
+    return to_bytes(pack(codes, bits), -(-codes.shape[-1] * bits // 8))
 
 
 def from_twos(codes, bits):
@@ -71,3 +72,54 @@ def to_twos(codes, bits):
 def sign_extended(codes, bits):
     """Offset binary as int8 values."""
     return (codes.to(torch.int16) - 2 ** (bits - 1)).to(torch.int8)
+
+
+def from_bytes(data):
+    """A little-endian byte stream, one-byte dtype (..., bytes), as the int32 words of ref.pack: no code is touched."""
+    data = data.view(torch.uint8)
+    return _viewed(torch.nn.functional.pad(data, (0, -data.shape[-1] % 4)).contiguous(), torch.int32)
+
+
+def to_bytes(packed, count):
+    """The first `count` bytes of each row of packed words: the inverse of from_bytes."""
+    return _viewed(packed, torch.uint8)[..., :count].contiguous()
+
+
+def packed(codes, bits):
+    """pack, by the name that layouts had for it while it was slow."""
+    return pack(codes, bits)
+
+
+def flat_groups(shape, size):
+    """The groups of a weight whose every `size` entries of the flattened (row-major) tensor share a scale: (group, index).
+
+    index None: the stored scales, reshaped, are those of the group. Else blocks cross rows: groups are the largest that no border
+    cuts, and index (int64, one for each group) says in which block each is.
+
+    >>> flat_groups((4, 128), 64), flat_groups((4, 32), 64)
+    (((1, 64), None), ((2, 0), None))
+    """
+    *lead, n, k = shape
+    if k % size == 0:
+        return (1, size), None
+    if size % k == 0 and (not lead or n % (size // k) == 0):
+        return (size // k, 0), None
+    g = math.gcd(k, size)
+    return (1, g if g < k else 0), torch.arange(math.prod(shape) // g) * g // size
+
+
+def unflat(scale, index, count):
+    """The inverse of scale[index]: one value for each of `count` blocks, or None where the groups of a block differ."""
+    blocks = torch.zeros(count, dtype=scale.dtype)
+    blocks[index] = scale
+    return blocks if torch.equal(blocks[index], scale) else None
+
+
+def _viewed(t, dtype):
+    """t.view(dtype) of a contiguous t; torch refuses it where an axis has size 0."""
+    return t.view(dtype) if t.numel() else t.new_empty((*t.shape[:-1], t.shape[-1] * t.element_size() // dtype.itemsize), dtype=dtype)
+
+
+def transposed(t):
+    """The last two axes swapped, in memory too: contiguous() alone leaves the strides of an axis of size 1 as they were."""
+    return t.mT.clone(memory_format=torch.contiguous_format)

@@ -73,3 +73,14 @@ def layers(names, keys, parts):
                 found.setdefault(name.removesuffix("." + key), None)
     every = (*keys, *parts)
     return {layer: {p: f"{layer}.{p}" for p in every if f"{layer}.{p}" in known} for layer in found}
+
+
+def by_module(name, patterns):
+    """The first of transformers' modules_to_not_convert that means this layer, or None.
+
+    A pattern means a layer whose name it ends, or that it matches as a regular expression from the name's start to a dot or the end.
+    """
+    for pattern in patterns:
+        if name.endswith(pattern) or re.match(compiled(rf"(?:{pattern})(?:(?<=\.)|(?=\.|$))"), name):
+            return pattern
+    return None
