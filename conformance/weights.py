@@ -29,7 +29,7 @@ def draw_weight(seed, fmt, shape, data="normal", order=False, bits=7, scales=Tru
             two, integer zero points. Other regimes: half of the seeds have normally distributed values, half have all finite
             codes alike; scales of any mantissa over some octaves (negative in an eighth of the groups where the dtype has a
             sign), any zero point. "subnormal_scale": scales around and below the smallest normal one.
-        order: with a group_index, a permutation of the groups' members.
+        order: with a group_index.
         scales: False makes all scales of "exact" one and the same.
         positive: no negative weights, as far as codes decide that.
     """
@@ -70,12 +70,15 @@ def draw_weight(seed, fmt, shape, data="normal", order=False, bits=7, scales=Tru
         scale_2 = scale_2 if data == "exact" else scale_2 * (1 + (noise >> 32 & 0x7FFFFF).float() * 2.0**-23) * 0.25
     group_index = None
     if order and fmt.group[1] and k:
-        group_index = torch.argsort(hashed(seed, "order", *lead, k), stable=True).div(fmt.group[1], rounding_mode="floor").int()
+        noise = hashed(seed, "order", *lead, k)
+        # A permutation, as act-order makes them, or for every fourth seed any map: groups of all sizes, and empty ones.
+        columns = torch.argsort(noise, stable=True).div(fmt.group[1], rounding_mode="floor")
+        group_index = (below(noise, scale_shape[-1]) if seed % 4 == 3 else columns).int()
     offset = None
     if fmt.offset is not None:
         noise = hashed(seed, "offset", *scale_shape)
         steps = below(noise, 33) - 16
-        offset = torch.ldexp(steps.double(), shift) if data == "exact" else (steps + (noise >> 33 & 0xFFFFFF).double() * 2.0**-24) * scale
+        offset = steps.double() * 2.0**shift if data == "exact" else (steps + (noise >> 33 & 0xFFFFFF).double() * 2.0**-24) * scale
         offset = encode_scale(offset, fmt.offset)
     return QTensor(fmt, tuple(shape), pack(codes, fmt.element.bits), encode_scale(scale, fmt.scale), zero, scale_2, group_index, offset)
 

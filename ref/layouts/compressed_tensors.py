@@ -35,6 +35,7 @@ FORMATS = (
     *("fp8_bf16", "fp8_tensor_bf16", "fp8_e4m3_g128_bf16", "fp8_e4m3_b128x128_bf16", "fp4_e2m1_g16_e4m3_tensor2div"),
     *("mxfp4", "mxfp6_e2m3", "mxfp8"),
 )
+GROUP_INDEX = ("int4_g128_fp16", "uint4z_g128_bf16", "int3_g128_bf16", "int8_g128_bf16")  # integers in groups may have one
 KEYS = ("weight_packed", "weight_scale")
 ACTIVATIONS = tuple(f"{side}_{what}" for side in ("input", "output") for what in ("scale", "zero_point", "global_scale"))
 SPARSE = ("compressed", "bitmask", "shape", "row_offsets")

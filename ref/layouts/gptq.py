@@ -13,6 +13,8 @@ from .recipe import RECIPE
 
 FORMATS = ("int4_g128_fp16", "uint4z_g128_fp16", "int8_fp16", "int3_g128_bf16", "uint2z_g64_fp16", "int5_g64_fp16")
 
+GROUP_INDEX = ("int4_g128_fp16", "uint4z_g128_fp16", "int3_g128_bf16", "uint2z_g64_fp16", "int5_g64_fp16")  # these may have one
+
 CHECKPOINT_FORMATS = ("gptq", "gptq_v2", "gptq_p")
 SCALES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 

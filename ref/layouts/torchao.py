@@ -27,6 +27,9 @@ FORMATS = (
     *("mxfp8", "mxfp8_e5m2", "mxfp6_e2m3", "mxfp6_e3m2", "mxfp4", "nvfp4", "fp4_e2m1_g16_e4m3"),
 )
 
+# layouts.open puts what the files' headers say into config["_metadata"].
+READS_METADATA = True
+
 # Class: its reader, its tensors, and those that may be there.
 CLASSES = {
     "Int8Tensor": (tensors.read_int8, ("qdata", "scale"), ("zero_point", "act_quant_scale", "act_quant_zero_point")),
