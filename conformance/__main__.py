@@ -1,6 +1,7 @@
 """The command line: python -m conformance --candidate fast."""
 
 import argparse
+import math
 import multiprocessing
 import os
 import sys
@@ -92,10 +93,13 @@ def _run(tasks, jobs):
 def _tasks(args):
     chosen = operations()
     tasks = []
-    limits = {"pools": tuple(args.pool.items()), "seconds": tuple(args.seconds.items())}
     for name in args.ops:
+        share = getattr(chosen[name], "SHARE", 1)
+        seconds = tuple((impl, share * most) for impl, most in args.seconds.items())
+        limits = {"pools": tuple(args.pool.items()), "seconds": seconds}
         for label in chosen[name].labels(args.formats):
-            tasks.append(cell.Task(args.candidate, name, label, args.impls, args.device, args.examples, args.seed, **limits))
+            examples = math.ceil(share * args.examples)
+            tasks.append(cell.Task(args.candidate, name, label, args.impls, args.device, examples, args.seed, **limits))
     if not tasks:
         raise UsageError(f"no operation of {', '.join(args.ops)} takes the formats {', '.join(args.formats)}")
     return tasks

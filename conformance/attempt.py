@@ -29,9 +29,12 @@ def attempt(candidate, function, problem, impl=None, seed=0):
     _check_inputs(problem)
     _check_result(problem, result)
     first = [t.to("cpu", copy=True) for t in _tensors(result)]
-    agreement = problem.check(first[0] if problem.result is not None else result)
+    if isinstance(problem.result, list):
+        result = tuple(first)
+    agreement = problem.check(first[0] if isinstance(problem.result, tuple) else result)
+    settled = [t.clone() for t in problem.settled(first)]
     out = {}
-    if problem.result is not None and candidate.takes(function, "out"):
+    if isinstance(problem.result, tuple) and candidate.takes(function, "out"):
         shape, dtype = problem.result
         out["out"] = torch.full(shape, poison, device=problem.device).to(dtype)
     else:
@@ -42,8 +45,8 @@ def attempt(candidate, function, problem, impl=None, seed=0):
     if out and again.data_ptr() != out["out"].data_ptr():
         raise Disagreement("out: ignored", "the result is not the tensor that was given as out=")
     what = "with a poisoned out=" if out else "of the same call"
-    for a, b in zip(first, _tensors(again), strict=True):
-        _check_same(a, b.cpu(), what)
+    for a, b in zip(settled, problem.settled([t.cpu() for t in _tensors(again)]), strict=True):
+        _check_same(a, b, what)
     return agreement
 
 
@@ -80,14 +83,22 @@ def _check_result(problem, result):
         if tensors and devices != {problem.device}:
             raise Disagreement("result: device", f"the result is on {', '.join(map(str, devices))}, expected {problem.device}")
         return
-    shape, dtype = problem.result
-    if not isinstance(result, torch.Tensor):
-        raise Disagreement("result: type", f"the result is a {type(result).__name__}, expected a tensor")
-    got = tuple(result.shape), result.dtype, result.device
-    if got != (tuple(shape), dtype, problem.device):
-        raise Disagreement(
-            "result: shape", f"the result is {got[0]} {got[1]} on {got[2]}, expected {tuple(shape)} {dtype} on {problem.device}"
-        )
+    if isinstance(problem.result, list):
+        if not isinstance(result, tuple) or len(result) != len(problem.result):
+            got = f"{len(result)} of them" if isinstance(result, tuple) else f"a {type(result).__name__}"
+            raise Disagreement("result: type", f"the result is {got}, expected a tuple of {len(problem.result)} tensors")
+        for i, (tensor, expected) in enumerate(zip(result, problem.result, strict=True)):
+            _check_tensor(tensor, *expected, problem.device, f"result[{i}]")
+        return
+    _check_tensor(result, *problem.result, problem.device, "result")
+
+
+def _check_tensor(tensor, shape, dtype, device, name):
+    if not isinstance(tensor, torch.Tensor):
+        raise Disagreement("result: type", f"the {name} is a {type(tensor).__name__}, expected a tensor")
+    got = tuple(tensor.shape), tensor.dtype, tensor.device
+    if got != (tuple(shape), dtype, device):
+        raise Disagreement("result: shape", f"the {name} is {got[0]} {got[1]} on {got[2]}, expected {tuple(shape)} {dtype} on {device}")
 
 
 def _check_same(a, b, what):
@@ -101,15 +112,17 @@ def _check_same(a, b, what):
 
 
 def _tensors(result):
-    return list(parts_of(result, "q").values()) if isinstance(result, QTensor) else [result]
+    if isinstance(result, QTensor):
+        return list(parts_of(result, "q").values())
+    return list(result) if isinstance(result, tuple) else [result]
 
 
 def _poison(problem, value):
     """Fill memory as large as the result with a value, and free it: where the allocator will take the result from."""
     if problem.result is None:
         return
-    shape, dtype = problem.result
-    if dtype.is_floating_point:
-        torch.full(tuple(shape), value, device=problem.device).to(dtype)
-    else:
-        torch.full(tuple(shape), 77, dtype=dtype, device=problem.device)
+    # All at once, so that each result finds some of its size.
+    held = []
+    for shape, dtype in problem.result if isinstance(problem.result, list) else [problem.result]:
+        full = value if dtype.is_floating_point else 77
+        held.append(torch.full(tuple(shape), full, device=problem.device).to(dtype))

@@ -3,7 +3,8 @@
 error =  c S + gamma(r) S     c: the adders' loss (accumulators.coefficient); r: further float32 roundings of a term (roundings)
        + k 2^-53 S            the exact answer's own, in float64
        + ETA ...              underflow of any product
-with S = |x| @ ((|value| + |zero|) |scale scale_2|)^T: a zero point counts absolutely, since it may be multiplied and summed apart.
+with S = |x| @ ((|value| + |zero|) |scale scale_2| + |offset|)^T: zero points and offsets count absolutely, since they may be multiplied
+and summed apart.
 Under a rotation over blocks of B, w (or x) is replaced by |w|_1 / sqrt(B) of its block, which no intermediate result exceeds.
 """
 
@@ -15,7 +16,7 @@ from ref.element import Float, decode, value_list
 from ref.pack import unpack
 from ref.quantize import stored_values
 from ref.rounding import round_to
-from ref.scale import decode_scale
+from ref.scale import decode_scale, times_scale_2
 
 from . import accumulators
 from .quantizer import block_norm
@@ -25,11 +26,38 @@ TINY = {"fp16": 2.0**-14, "bf16": 2.0**-126, "fp32": 2.0**-126}
 
 @functools.lru_cache(maxsize=2)
 def weight_parts(q):
-    """value, zero (or None) and scale * scale_2 of every weight: float64 (..., n, k) each, the last two broadcastable."""
+    """value, zero (or None), scale * scale_2 and offset (or None) of every weight: float64 (..., n, k), all but the first broadcastable."""
     value = decode(unpack(q.packed, q.format.element.bits, q.shape[-1]), q.format.element)
-    scale = expand(decode_scale(q.scale, q.format.scale), q)
-    scale = scale if q.scale_2 is None else scale * q.scale_2.double()
-    return value, None if q.zero is None else expand(q.zero.double(), q), scale
+    scale = times_scale_2(expand(decode_scale(q.scale, q.format.scale), q), q.format, q.scale_2)
+    return value, None if q.zero is None else expand(q.zero.double(), q), scale, None if q.offset is None else expand(q.offset.double(), q)
+
+
+def magnitude(q):
+    """(|value| + |zero|) |scale scale_2| + |offset|, all that may be multiplied and summed apart: float64 (..., n, k)."""
+    value, zero, scale, offset = weight_parts(q)
+    w = (value.abs() if zero is None else value.abs() + zero.abs()) * scale.abs()
+    return w if offset is None else w + offset.abs()
+
+
+def divides(fmt):
+    """Whether weights are divided by their second-level scale."""
+    return (fmt.scale_2 or "").endswith("divisor")
+
+
+def sums_exactly(q, w):
+    """Whether every correct kernel forms each weight w (float64, none rotated) without rounding, given that float32 holds w.
+
+    Products are exact on the way to w, for the odd parts of their factors divide its own; but a product may be longer than its sum
+    with an offset, and a quotient is not exact by way of a reciprocal, unless that is a power of two.
+    """
+    if divides(q.format) and not bool((torch.frexp(q.scale_2).mantissa.abs() == 0.5).all()):
+        return False
+    if q.offset is not None:
+        value, _, scale, _ = weight_parts(q)
+        product = value * scale
+        if not torch.equal(product.float().double(), product):
+            return False
+    return torch.equal(w.float().double(), w)
 
 
 def expand(t, q):
@@ -38,17 +66,18 @@ def expand(t, q):
     if gn > 1:
         t = t.repeat_interleave(gn, -2)[..., :n, :]
     if q.group_index is not None:
-        return t[..., q.group_index.long()]
+        return t.gather(-1, q.group_index.long()[..., None, :].expand(*t.shape[:-1], k))
     return t.repeat_interleave(gk, -1)[..., :k] if gk else t
 
 
 def roundings(q, groups, x_dtype, x_format):
     """r: the float32 roundings that one term may go through besides the adders', by the most roundabout correct kernel.
 
-    The scale 1; scale_2 1; a zero point 3 (value - zero; or zero times the sum of x, and one subtraction); a float32 x 1 (the
-    product); x's scales 1 each; one addition for each group's partial sum; a rotation's log2 B additions and 2 for 1 / sqrt(B).
+    The scale 1; scale_2 1, a divisor 2 (its reciprocal); a zero point 3 (value - zero; or zero times the sum of x, and one
+    subtraction); an offset 2 (value * scale + offset; or offset times the sum of x, and one addition); a float32 x 1 (the product);
+    x's scales 1 each; one addition for each group's partial sum; a rotation's log2 B additions and 2 for 1 / sqrt(B).
     """
-    r = 1 + (q.scale_2 is not None) + 3 * (q.zero is not None) + groups
+    r = 1 + (q.scale_2 is not None) + divides(q.format) + 3 * (q.zero is not None) + 2 * (q.offset is not None) + groups
     r += (x_dtype == "fp32") if x_format is None else 1 + (x_format.scale_2 is not None)
     blocks = (q.format.hadamard, 0 if x_format is None else x_format.hadamard)
     return r + sum(block.bit_length() + 1 for block in blocks if block)
@@ -63,11 +92,11 @@ def product_bound(q, x, device, x_dtype, x_format=None, x_step=None, operands=No
         operands: the two factors of the variant in question, where they are not x and the weight.
     """
     k, fmt = x.shape[1], q.format
-    value, zero, scale = weight_parts(q)
-    w = (value.abs() if zero is None else value.abs() + zero.abs()) * scale.abs()
+    value, _, scale, offset = weight_parts(q)
+    w = magnitude(q)
     fp8 = x_format is not None and isinstance(x_format.element, Float)
     if device.type == "cuda":
-        x, w = _aligned(x, w, value, scale, fmt, x_dtype, x_format if fp8 else None, x_step)
+        x, w = _aligned(x, w, value, scale, offset, fmt, x_dtype, x_format if fp8 else None, x_step)
     if x_format is not None and x_format.hadamard:
         x = block_norm(x, x_format.hadamard)
     used = block_norm(x, fmt.hadamard) if fmt.hadamard else x
@@ -81,33 +110,40 @@ def product_bound(q, x, device, x_dtype, x_format=None, x_step=None, operands=No
         s = torch.maximum(s, operands[0].abs() @ operands[1].abs().T)
     c = accumulators.coefficient(terms, groups, device, fp8, x_dtype == "fp32" and x_format is None)
     r = roundings(q, terms.clamp(max=groups), x_dtype, x_format)
-    underflow = x.sum(1, keepdim=True) + scale.abs().expand(w.shape).sum(1) + 2 * terms
+    underflow = x.sum(1, keepdim=True) + scale.abs().expand(w.shape).sum(1) + (2 + (offset is not None)) * terms
     if fmt.scale_2 is not None:
         underflow = underflow + x @ value.abs().T
+    if divides(fmt):
+        # Whatever vanished before the division.
+        underflow = underflow + terms / q.scale_2.double().abs()[:, 0]
     return ((c + accumulators.gamma(r)) * (1 + c) + (k + 8) * 2.0**-53) * s + accumulators.ETA * underflow
 
 
 def weight_doubt(q, dtype):
     """How far a weight rounded to dtype may be from ref's, float64 (n, k): mostly 0, an ulp beside a midpoint.
 
-    ref rounds code * scale * scale_2 once. A kernel forms it in float32 (a rounding for each factor, and one for a float zero
-    point) and rounds that, which may fall on the other side of a midpoint.
+    ref rounds code * scale * scale_2 + offset once. A kernel forms it in float32 (a rounding for each factor, two for a divisor, one
+    for a float zero point, and one for the sum with an offset) and rounds that, which may fall on the other side of a midpoint.
     """
     w = stored_values(q)
-    g = accumulators.gamma(1 + (q.scale_2 is not None) + (q.format.zero not in (None, "int")))
-    here, low, high = (round_to(w * factor, dtype).double() for factor in (1, 1 - g, 1 + g))
+    offset = weight_parts(q)[3]
+    size = w.abs() if offset is None else (w - offset).abs() + offset.abs()
+    roundings = 1 + (q.scale_2 is not None) + divides(q.format) + (q.format.zero not in (None, "int")) + (offset is not None)
+    error = accumulators.gamma(roundings) * size
+    here, low, high = (round_to(v, dtype).double() for v in (w, w - error, w + error))
     return torch.maximum((high - here).abs(), (low - here).abs()).nan_to_num(0.0, 0.0, 0.0)
 
 
-def _aligned(x, w, value, scale, fmt, x_dtype, x_fp8, x_step):
+def _aligned(x, w, value, scale, offset, fmt, x_dtype, x_fp8, x_step):
     """Magnitudes as a matrix unit aligns them: no operand is smaller than the smallest normal number of its dtype."""
+    offset = 0.0 if offset is None else offset.abs()
     if x_fp8 is None:
         tiny = TINY[x_dtype]
         x = torch.where(x != 0, x.clamp(min=tiny), 0.0)
-        return x, torch.where(w != 0, torch.maximum(w.clamp(min=tiny), value.abs().clamp(min=tiny) * scale.abs()), 0.0)
+        return x, torch.where(w != 0, torch.maximum(w.clamp(min=tiny), value.abs().clamp(min=tiny) * scale.abs() + offset), 0.0)
     x = torch.where(x != 0, torch.maximum(x, smallest_normal(x_fp8.element) * x_step.abs()), 0.0)
     if isinstance(fmt.element, Float):
-        w = torch.where(w != 0, torch.maximum(w, smallest_normal(fmt.element) * scale.abs()), 0.0)
+        w = torch.where(w != 0, torch.maximum(w, smallest_normal(fmt.element) * scale.abs() + offset), 0.0)
     return x, w
 
 
@@ -119,13 +155,15 @@ def smallest_normal(element):
 def budget(q, x, fp8=False):
     """What the exact regime has to keep within: (S, quantum, S in the fullest chunk of an fp8 unit, or None), (m, n) each.
 
-    All products that make up a result, x (m, k) times the weight, those of a zero point apart, are multiples of its quantum.
+    All products that make up a result, x (m, k) times the weight, those of a zero point and of an offset apart, are multiples of its
+    quantum.
     """
-    value, zero, scale = weight_parts(q)
-    w = (value.abs() if zero is None else value.abs() + zero.abs()) * scale.abs()
+    value, zero, scale, offset = weight_parts(q)
+    w = magnitude(q)
     unit = accumulators.quantum(value)
     unit = unit if zero is None else torch.minimum(unit, accumulators.quantum(zero))
     unit = (unit * accumulators.quantum(scale)).expand(q.shape[0])
+    unit = unit if offset is None else torch.minimum(unit, accumulators.quantum(offset))
     if q.format.hadamard:
         w, unit = block_norm(w, q.format.hadamard), unit / q.format.hadamard**0.5
     s = x.abs() @ w.T

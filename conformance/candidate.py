@@ -13,7 +13,7 @@ class Candidate:
 
     It may also have
         IMPLEMENTATIONS: names that its functions take as impl=.
-        VARIANTS: names from ref.VARIANTS that linear keeps to; without it any of them is accepted.
+        VARIANTS: {function: names of the variants that it keeps to}, or those of linear alone; of other functions any is accepted.
     """
 
     def __init__(self, name, target):
@@ -31,9 +31,10 @@ class Candidate:
     def implementations(self):
         return tuple(getattr(self.target, "IMPLEMENTATIONS", ()))
 
-    @property
-    def variants(self):
-        return getattr(self.target, "VARIANTS", None)
+    def variants(self, function):
+        """Names of the variants that a function keeps to, or None: any."""
+        declared = getattr(self.target, "VARIANTS", {})
+        return declared.get(function) if isinstance(declared, dict) else declared if function == "linear" else None
 
     def takes(self, function, name):
         """Whether the function has a parameter of this name."""

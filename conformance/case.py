@@ -2,6 +2,7 @@
 
 import shlex
 from dataclasses import dataclass, fields
+from typing import ClassVar
 
 import torch
 
@@ -13,6 +14,11 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 class Case:
     """Shared by every case: a repr of the fields that differ from their defaults, which evaluates back (read_case)."""
+
+    classes: ClassVar = {}  # by name
+
+    def __init_subclass__(cls):
+        Case.classes[cls.__name__] = cls
 
     def __repr__(self):
         shown = [f for f in fields(self) if getattr(self, f.name) != f.default]
@@ -127,9 +133,6 @@ class UnpackCase(Case):
     seed: int = 0
 
 
-CASES = (LinearCase, QuantizeInputCase, DequantizeCase, QuantizeCase, PackCase, UnpackCase)
-
-
 def read_case(text):
     """The case that repr printed.
 
@@ -139,7 +142,10 @@ def read_case(text):
     >>> read_case("LinearCase(n=3, format='int4_g128')").format
     'int4_g128'
     """
-    names = {cls.__name__: cls for cls in (*CASES, Format, Int, Float, Codebook)}
+    from .ops import operations
+
+    operations()  # defines all cases
+    names = Case.classes | {cls.__name__: cls for cls in (Format, Int, Float, Codebook)}
     try:
         case = eval(text, {"__builtins__": {}}, names)
         for name in ("format", "x_format"):
@@ -147,8 +153,9 @@ def read_case(text):
                 parse_format(getattr(case, name))
     except Exception as error:
         raise ValueError(f"case: cannot read {text!r}: {error}") from None
-    if not isinstance(case, CASES):
-        raise ValueError(f"case: {text!r} is a {type(case).__name__}, expected one of {', '.join(c.__name__ for c in CASES)}")
+    legal = [name for name, cls in Case.classes.items() if hasattr(cls, "op")]
+    if type(case).__name__ not in legal:
+        raise ValueError(f"case: {text!r} is a {type(case).__name__}, expected one of {', '.join(legal)}")
     return case
 
 

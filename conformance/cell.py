@@ -125,7 +125,7 @@ def run_case(case, candidate_name, impls, device):
     impls = impls if candidate.takes(op.FUNCTION, "impl") else (None,)
     task = Task(candidate_name, name, "case", tuple(impls), device, 1)
     cells = [Cell(name, "case", impl) for impl in impls]
-    problem = op.build(case, device, candidate.variants)
+    problem = op.build(case, device, candidate.variants(op.FUNCTION))
     for cell in cells:
         try:
             _try(candidate, op, case, problem, cell)
@@ -181,7 +181,7 @@ def _example(task, candidate, op, case, active, failed, seen):
             continue
         try:
             if problem is None:
-                problem = op.build(case, task.device, candidate.variants)
+                problem = op.build(case, task.device, candidate.variants(op.FUNCTION))
             _try(candidate, op, case, problem, cell, not shrinking)
         except Disagreement as error:
             if not shrinking or failed.error.kind == error.kind:

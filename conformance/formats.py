@@ -2,10 +2,11 @@
 
 import functools
 
+import torch
 from hypothesis import strategies as st
 
 from ref.element import NAMED, Codebook, Float, Int
-from ref.format import FORMATS, Format, parse_format
+from ref.format import FORMATS, Format, check_input_format, parse_format
 
 GENERATED = "generated"
 MAIN = (*FORMATS, GENERATED)
@@ -97,5 +98,8 @@ def matching_activations(label):
 def is_activation(name):
     """Whether quantize_input takes the format."""
     fmt = parse_format(name)
-    grouped = fmt.group[0] == 1 or fmt.group == (0, 0)
-    return fmt.zero is None and grouped and (fmt.scale_2 != "channel" or fmt.scale == "e4m3")
+    try:
+        check_input_format(fmt, torch.ones(1) if fmt.scale_2 == "tensor" else None, "quantize_input")
+    except ValueError:
+        return False
+    return True

@@ -6,8 +6,8 @@ condemn a row. End to end (hull): every value that such a quantizer can give, fo
 With u = 2^-24. Scale: raw = amax / MAX by division or by a rounded reciprocal is fl(exact (1 + d)), |d| <= u; under a
 second-level scale, which divides once more and may do so by reciprocal, |d| <= 3u. Roundings are monotone, so the scales of
 amax (1 - d) and amax (1 + d) bracket it. Codes: t = x / (scale scale_2) takes at most four roundings (the product of the
-scales, its reciprocal, the product with x, and one to bring x to float32): t (1 + d), |d| <= gamma(4). A rotation in float32
-adds (log2 B + 2) u |x|_1 / sqrt(B) over its block, to x and so to amax.
+scales, its reciprocal, the product with x, and one to bring x to float32): t (1 + d), |d| <= gamma(4); with an offset one more, to
+subtract it from x in float32. A rotation in float32 adds (log2 B + 2) u |x|_1 / sqrt(B) over its block, to x and so to amax.
 """
 
 from dataclasses import replace
@@ -18,7 +18,7 @@ from ref import quantize_input
 from ref.element import decode, encode
 from ref.hadamard import hadamard
 from ref.pack import unpack
-from ref.scale import decode_scale, tile, untile
+from ref.scale import decode_scale, tile, times_scale_2, untile
 
 from .accumulators import U, gamma
 from .oracle import Disagreement, equal, within
@@ -59,19 +59,23 @@ def scale_range(values, error, fmt, x_scale):
 
 def step_of(scale, scale_2, fmt, shape):
     """scale * scale_2 for every element, float64."""
-    step = untile(decode_scale(scale, fmt.scale), fmt.group, shape)
-    return step if scale_2 is None else step * scale_2.double()
+    return times_scale_2(untile(decode_scale(scale, fmt.scale), fmt.group, shape), fmt, scale_2)
 
 
-def hull(x, fmt, x_scale):
-    """The lowest and the highest value that a quantizer may make of each x, and their scale: float64 (m, k), as rotated by fmt."""
+def hull(x, fmt, x_scale, spread=0.0):
+    """The lowest and the highest value that a quantizer may make of each x, and their scale: float64 (m, k), as rotated by fmt.
+
+    Args:
+        spread: how far x itself may be off, where fmt does not rotate and its scales are float32.
+    """
     values, error = rotated(x, fmt.hadamard)
+    error = error + spread
     choices = scale_range(values, error, fmt, x_scale)
     slack = CODE
     if fmt.scale == "fp32" and fmt.scale_2 != "channel":
         # Scales differ in their last bits: the exact one stands for all, with its range as a relative error.
-        low, exact, high = (decode_scale(scale, fmt.scale) for scale, _ in choices)
-        width = float(((high - low) / exact).max()) if exact.numel() else 0.0
+        low, _, high = (decode_scale(scale, fmt.scale) for scale, _ in choices)
+        width = untile(high / low - 1, fmt.group, values.shape)
         choices, slack = choices[1:2], CODE + width
     else:
         width = 0.0
@@ -92,12 +96,12 @@ def _same(a, b):
     return a is b or torch.equal(a, b)
 
 
-def judge_codes(q, values, error, zero=None, rounding="nearest_even"):
+def judge_codes(q, values, error, zero=None, rounding="nearest_even", offset=None):
     """Hold a QTensor's codes against its own scale, zero and scale_2.
 
     Args:
         q: on the CPU, validated. values: float64, what was quantized (rotated). error: float64, of values.
-        zero: float64 zero points for every element, or None.
+        zero, offset: float64, for every element, or None.
 
     Raises:
         Disagreement: a code that no rounding of t (1 + d) + zero gives.
@@ -105,6 +109,9 @@ def judge_codes(q, values, error, zero=None, rounding="nearest_even"):
     fmt, element = q.format, q.format.element
     step = step_of(q.scale, q.scale_2, fmt, values.shape)
     safe = torch.where(step == 0, 1.0, step)
+    if offset is not None:
+        # Bringing x to float32, too, goes before the difference.
+        error, values = error + U * (values.abs() + (values - offset).abs()), values - offset
     t = torch.where(step == 0, 0.0, values / safe)
     slack = CODE * t.abs() + torch.where(step == 0, 0.0, error / safe.abs())
     if zero is not None:

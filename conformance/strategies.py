@@ -219,4 +219,7 @@ def pool(label, quantized, size, seed):
 
 
 # Generated formats of a pool: one of each kind of part.
-GENERATED_POOL = ("int5_g64_bf16", "uint3z_g32_fp16", "fp6_e3m2_g64", "fp8_e4m3_tensor", "int4_g16_e4m3_tensor2", "fp5_e2m2_g128_bf16")
+GENERATED_POOL = (
+    *("int5_g64_bf16", "uint3z_g32_fp16", "fp6_e3m2_g64", "fp8_e4m3_tensor", "int4_g16_e4m3_tensor2", "fp5_e2m2_g128_bf16"),
+    *("uint2_g16_ofp32", "fp4_e2m1_g16_e4m3_tensor2div", "iq4nl_g32_fp16"),
+)

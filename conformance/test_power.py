@@ -1,13 +1,15 @@
 """Known-wrong kernels are caught, and shrink to small cases; right ones pass."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from . import cell, wrong
 from .accumulators import Block
-from .case import LinearCase, read_case
+from .case import DequantizeCase, LinearCase, read_case
 from .emulate import block_sum
-from .ops import linear
+from .ops import dequantize, linear
 from .ops.linear_data import draw
 from .oracle import Disagreement
 
@@ -22,6 +24,9 @@ WRONG = [
     ("swapped_nibbles", "linear", "int4_g128", lambda c: c.n == c.m == 1 and c.data == "exact"),
     ("group_off_by_one", "linear", "int4_g32", lambda c: c.m == 1 and c.k > 32),
     ("zero_ignored", "linear", "uint4z_g128", lambda c: c.n == c.k == c.m == 1),
+    ("offset_of_wrong_group", "linear", "uint4_g32_fp16_ofp16", lambda c: c.n == c.m == 1 and 32 < c.k <= 64),
+    ("divisor_multiplied", "linear", "fp4_e2m1_g16_e4m3_tensor2div", lambda c: c.n == c.k == c.m == 1),
+    ("group_index_ignored", "linear", "int4_g32", lambda c: c.order and c.n <= 2 and c.m == 1 and 32 < c.k <= 64),
     ("last_group_missing", "linear", "int4_g128", lambda c: c.n == c.m == 1 and c.k % 128 != 0),
     ("scale_of_wrong_row", "linear", "int8", lambda c: c.n == 2 and c.m == c.k == 1),
     ("bias_dropped", "linear", "int8", lambda c: c.n == c.m == c.k == 1 and c.bias is not None),
@@ -87,6 +92,55 @@ def test_16_bit_units_of_a_gpu_stay_within_its_bound(dtype):
         rounded = drawn.x.double(), linear.linear_operands(drawn.x, drawn.q, variant=truth.variants[0])[1]
         got = block_sum(*rounded, Block(16, 25, 23))
         assert bool(((got - y).abs() <= error).all())
+
+
+class Float32(wrong.Right):
+    """Weights in float32 all the way, by a divisor's reciprocal, and then the product in float32."""
+
+    def second(self, w, q):
+        w = w.float()
+        if q.scale_2 is not None:
+            w = w * (1 / q.scale_2 if q.format.scale_2.endswith("divisor") else q.scale_2)
+        return w.double()
+
+    def add_offset(self, w, offset, column):
+        return (w.float() + offset.float()[:, column]).double()
+
+    def product(self, a, b, x_format):
+        return a.float() @ b.float().T
+
+
+class OffsetApart(Float32):
+    """Offsets times the sums of their groups' x, added to the rest in float32."""
+
+    def linear(self, x, w, bias=None):
+        index = self.column(w, torch.arange(w.shape[1]))
+        row = self.row(w, torch.arange(w.shape[0]))
+        x_sum = torch.zeros(len(x), w.scale.shape[1]).index_add_(1, index, x.float())
+        rest = x.float() @ self.weight(replace(w, offset=None)).float().T
+        y = rest + x_sum @ w.offset.float()[row].T
+        return self.store((y if bias is None else y + bias.float()).double(), x.dtype)
+
+
+@pytest.mark.parametrize("data", ["exact", "one_hot", "normal", "positive", "cancelling", "huge", "tiny", "subnormal_scale"])
+@pytest.mark.parametrize("name", ["uint4_g32_fp16_ofp16", "nf4_g7_ofp32", "int8_channel2div", "fp4_e2m1_g16_e4m3_tensor2div"])
+def test_other_ways_to_the_same_weight_pass(name, data):
+    for seed, order in ((1, False), (2, True), (6, False)):
+        case = LinearCase(n=20, k=150, format=name, lead=(6,), dtype=("bf16", "fp32")[seed % 2], data=data, order=order, seed=seed)
+        drawn = draw(case)
+        truth = linear.Truth(drawn, torch.device("cpu"), ("exact",))
+        for kernel in (Float32(), *([OffsetApart()] if drawn.q.offset is not None else [])):
+            truth.check(kernel.linear(drawn.x, drawn.q, drawn.bias))
+
+
+@pytest.mark.parametrize("name", ["uint4_g32_fp16_ofp16", "nf4_g7_ofp32", "int8_channel2div", "fp4_e2m1_g16_e4m3_tensor2div"])
+def test_dequantized_in_float32(name):
+    for data in ("exact", "normal", "subnormal_scale"):
+        for seed in range(4):
+            problem = dequantize.build(DequantizeCase(n=9, k=70, format=name, data=data, seed=seed, order=seed % 2 == 1), "cpu")
+            problem.check(Float32().weight(problem.args[0]).float())
+            with pytest.raises(Disagreement):
+                problem.check(Float32().weight(problem.args[0]).float() * (1 + 2.0**-12))
 
 
 def test_a_variant_is_accepted_and_named():

@@ -11,7 +11,7 @@ from ref.format import parse_format
 from ref.pack import unpack
 from ref.quantize import dequantize
 from ref.rounding import round_to
-from ref.scale import decode_scale
+from ref.scale import decode_scale, times_scale_2
 
 from .accumulators import Block
 from .emulate import block_sum
@@ -37,7 +37,8 @@ class Right:
         if q.zero is not None:
             w = self.subtract(w, q.zero.double()[row][:, column])
         w = w * decode_scale(q.scale, q.format.scale)[row][:, column]
-        w = w if q.scale_2 is None else w * q.scale_2.double()
+        w = self.second(w, q)
+        w = w if q.offset is None else self.add_offset(w, q.offset.double()[row], column)
         return w if not q.format.hadamard else dequantize(q)
 
     def codes(self, q):
@@ -53,6 +54,12 @@ class Right:
 
     def subtract(self, w, zero):
         return w - zero
+
+    def second(self, w, q):
+        return times_scale_2(w, q.format, q.scale_2)
+
+    def add_offset(self, w, offset, column):
+        return w + offset[:, column]
 
     def product(self, a, b, x_format):
         return a @ b.T
@@ -82,6 +89,21 @@ class GroupOffByOne(Right):
 class ZeroIgnored(Right):
     def subtract(self, w, zero):
         return w
+
+
+class OffsetOfWrongGroup(Right):
+    def add_offset(self, w, offset, column):
+        return w + offset.roll(1, 1)[:, column]
+
+
+class DivisorMultiplied(Right):
+    def second(self, w, q):
+        return w if q.scale_2 is None else w * q.scale_2.double()
+
+
+class GroupIndexIgnored(Right):
+    def column(self, q, k):
+        return k // q.format.group[1] if q.format.group[1] else k * 0
 
 
 class LastGroupMissing(Right):
@@ -207,6 +229,9 @@ right = Right()
 swapped_nibbles = SwappedNibbles()
 group_off_by_one = GroupOffByOne()
 zero_ignored = ZeroIgnored()
+offset_of_wrong_group = OffsetOfWrongGroup()
+divisor_multiplied = DivisorMultiplied()
+group_index_ignored = GroupIndexIgnored()
 last_group_missing = LastGroupMissing()
 scale_of_wrong_row = ScaleOfWrongRow()
 bias_dropped = BiasDropped()

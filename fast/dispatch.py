@@ -7,8 +7,9 @@ import weakref
 import torch
 
 from ref.format import check_input_format, parse_format
-from ref.qtensor import QTensor, check_parts
+from ref.qtensor import TENSORS, QTensor, check_parts
 
+from . import rearrange
 from .preference import preference
 from .request import Request
 
@@ -85,11 +86,11 @@ class Prepared:
         request, impl = self.request(kind), kind[2]
         reasons = []
         for name in [impl] if impl is not None else preference(request, bucket):
-            reason = implementation(name).why_not(request)
+            reason = refusal(name, request)
             if reason is None:
                 try:
                     if (name, request) not in self.made:
-                        self.made[name, request] = implementation(name).prepare(self.q, request)
+                        self.made[name, request] = _prepare(name, self.q, request)
                     return self.made[name, request]
                 except NotImplementedError as error:
                     reason = str(error)
@@ -113,6 +114,24 @@ def implementation(name):
     if name not in IMPLEMENTATIONS:
         raise ValueError(f"linear: unknown impl {name!r}, expected one of {', '.join(IMPLEMENTATIONS)}")
     return importlib.import_module(IMPLEMENTATIONS[name])
+
+
+def refusal(name, request):
+    """Why an implementation cannot do what is requested, as a sentence; None if it can. The weight's data may still refuse."""
+    module = implementation(name)
+    if _takes_as_is(name, request):
+        return module.why_not(request)
+    return rearrange.why_not(request) or module.why_not(rearrange.plain(request))
+
+
+def _prepare(name, q, request):
+    module = implementation(name)
+    return module.prepare(q, request) if _takes_as_is(name, request) else rearrange.prepare(module, q, request)
+
+
+def _takes_as_is(name, request):
+    """Plain torch reads columns in any order; for the kernels a rotation and a group index are taken over by x."""
+    return name == "torch" or not rearrange.needed(request)
 
 
 def describe(request):
@@ -154,7 +173,7 @@ def remember(w):
 
 def _detached(q):
     """The same tensors in another QTensor, so that a Prepared does not keep alive the key that it is remembered under."""
-    return QTensor(q.format, q.shape, q.packed, q.scale, q.zero, q.scale_2, q.group_index)
+    return QTensor(q.format, q.shape, *(getattr(q, name) for name in TENSORS))
 
 
 def bucket_of(m):

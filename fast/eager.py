@@ -11,10 +11,12 @@ import torch
 
 from ref.element import values
 from ref.format import Format
-from ref.qtensor import QTensor, check_parts
+from ref.qtensor import TENSORS, QTensor, check_parts
 
+from .codes import unpack
 from .hadamard import hadamard
 from .quantize_input import quantized_values
+from .rearrange import check_group_index
 from .scale import decoded_scale
 
 # Weights dequantized at a time: 8 million, 64 MiB in float64, and a few times that on the way.
@@ -32,19 +34,14 @@ def prepare(q, request):
 
 
 def _plan(q, x_format=None):
-    k, bits = q.shape[1], q.format.element.bits
-    if q.group_index is not None and k and not 0 <= int(q.group_index.min()) <= int(q.group_index.max()) < q.scale.shape[1]:
-        raise ValueError(f"linear: group_index of {q.format} reaches outside of its {q.scale.shape[1]} groups")
-    start = torch.arange(k, device=q.packed.device) * bits
-    words = max(q.packed.shape[1], 1)
+    check_group_index(q)
+    k, device = q.shape[1], q.packed.device
     return Plan(
-        q=q,
-        x_format=x_format,
-        table=values(q.format.element, q.packed.device),
-        word=start // 32,
-        next_word=(start // 32 + 1).clamp(max=words - 1),
-        shift=start % 32,
-        column=_group_of(k, q.format.group[1], q.group_index, q.packed.device),
+        q,
+        x_format,
+        values(q.format.element, device),
+        torch.arange(k, device=device),
+        _group_of(k, q.format.group[1], q.group_index, device),
     )
 
 
@@ -66,15 +63,13 @@ def dequantize(q, dtype=torch.float64):
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """How to read one weight: the word and the shift of each k, and the column of scale that it belongs to."""
+    """How to read one weight: what each code means, each k, and the column of scale that it belongs to."""
 
     q: QTensor
     x_format: Format | None
     table: torch.Tensor
-    word: torch.Tensor
-    next_word: torch.Tensor
-    shift: torch.Tensor
-    column: torch.Tensor
+    columns: torch.Tensor
+    group: torch.Tensor
 
     def run(self, x, bias, x_scale, out):
         """out[m, n] = x w^T + bias, rounded once."""
@@ -84,7 +79,7 @@ class Plan:
         if self.x_format is not None:
             a = quantized_values(x, self.x_format, x_scale)
         elif fmt.hadamard and not in_float64:
-            a = hadamard(x.to(torch.float32), fmt.hadamard).to(x.dtype)
+            a = _round_once(hadamard(x.to(torch.float64), fmt.hadamard), x.dtype)
         for rows in self.chunks():
             w = self.weight(rows)
             if in_float64:
@@ -100,19 +95,20 @@ class Plan:
         return [slice(start, min(start + step, n)) for start in range(0, n, step)]
 
     def weight(self, rows):
-        """float64 (rows, k): (value - zero) * scale * scale_2, before the inverse rotation."""
+        """float64 (rows, k): (value - zero) * scale * scale_2 + offset, before the inverse rotation."""
         q, fmt = self.q, self.q.format
         if q.shape[1] == 0:
             return self.table.new_zeros(rows.stop - rows.start, 0)
-        packed = q.packed[rows].to(torch.int64) & 0xFFFFFFFF
-        pair = packed[:, self.word] | (packed[:, self.next_word] << 32)
-        w = self.table[(pair >> self.shift) & (2**fmt.element.bits - 1)]
+        w = self.table[unpack(q.packed[rows], fmt.element.bits, self.columns)]
         row = _group_of(q.shape[0], fmt.group[0], None, q.packed.device)[rows]
         if q.zero is not None:
-            w -= q.zero[row].to(torch.float64)[:, self.column]
-        w *= decoded_scale(q.scale[row], fmt.scale)[:, self.column]
+            w -= q.zero[row].to(torch.float64)[:, self.group]
+        w *= decoded_scale(q.scale[row], fmt.scale)[:, self.group]
         if q.scale_2 is not None:
-            w *= q.scale_2 if q.scale_2.shape[0] == 1 else q.scale_2[rows]
+            second = (q.scale_2 if fmt.scale_2.startswith("tensor") else q.scale_2[rows]).to(torch.float64)
+            w = w / second if fmt.scale_2.endswith("divisor") else w * second
+        if q.offset is not None:
+            w += q.offset[row].to(torch.float64)[:, self.group]
         return w
 
 
@@ -133,7 +129,6 @@ def _group_of(count, size, index, device):
 
 
 def _expert(q, index):
-    def one(t):
-        return None if t is None else t.flatten(0, -3)[index]
-
-    return QTensor(q.format, q.shape[-2:], one(q.packed), one(q.scale), one(q.zero), one(q.scale_2), q.group_index)
+    lead = len(q.shape) - 2
+    parts = {name: getattr(q, name) for name in TENSORS}
+    return QTensor(q.format, q.shape[-2:], **{name: None if t is None else t.flatten(0, lead - 1)[index] for name, t in parts.items()})

@@ -4,7 +4,7 @@ import torch
 
 from ref.qtensor import QTensor
 
-from .dispatch import X_DTYPES, Prepared, bucket_of, call_kind, describe, implementation, remember
+from .dispatch import X_DTYPES, Prepared, bucket_of, call_kind, describe, implementation, refusal, remember
 
 NO_GRADIENT = "linear: x requires a gradient, and quantized weights are for inference: call under torch.no_grad()"
 
@@ -63,20 +63,26 @@ def linear(x, w, bias=None, *, x_format=None, x_scale=None, impl=None, determini
     return result if x.dim() == 2 else result.view(*x.shape[:-1], prepared.n)
 
 
-def why_not(op, x, w, bias=None, *, x_format=None, x_scale=None, impl, deterministic=True):
+def why_not(op, x, *args, impl, **given):
     """Why an implementation cannot run a call, as a sentence, without launching anything; None if it can.
 
     Args:
-        op: the operation's name: "linear".
+        op: the operation's name: "linear", or one of the MoE functions.
         impl: the implementation's name.
         The rest: as the operation takes it.
 
     Raises:
         TypeError, ValueError: arguments that do not fit each other, or no such operation or implementation.
     """
-    if op != "linear":
-        raise ValueError(f"why_not: unknown operation {op!r}, expected 'linear'")
-    module = implementation(impl)
+    if op == "linear":
+        return _why_not(x, *args, impl=impl, **given)
+    from .moe.reasons import why_not as why_not_moe
+
+    return why_not_moe(op, x, *args, impl=impl, **given)
+
+
+def _why_not(x, w, bias=None, *, x_format=None, x_scale=None, impl, deterministic=True):
+    implementation(impl)
     if not isinstance(w, (QTensor, Prepared)):
         _check_plain(x, w)
         if x_format is None and x_scale is None and impl == "torch":
@@ -86,7 +92,7 @@ def why_not(op, x, w, bias=None, *, x_format=None, x_scale=None, impl, determini
     kind = call_kind(x, bias, x_format, x_scale, impl, deterministic)
     prepared.open(kind, x_scale)
     request = prepared.request(kind)
-    reason = module.why_not(request)
+    reason = refusal(impl, request)
     return None if reason is None else f"{describe(request)}: {reason}"
 
 

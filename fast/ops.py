@@ -6,15 +6,15 @@ The first takes a QTensor as its tensors, so that weights stay inputs of the gra
 import torch
 
 from ref.format import parse_format
-from ref.qtensor import QTensor
+from ref.qtensor import TENSORS, QTensor
 
 from .dispatch import PREPARED_BY_NUMBER, Prepared
 from .linear import NO_GRADIENT, linear, plain
 
 _library = torch.library.Library("quantref", "DEF")
 _library.define(
-    "linear(Tensor x, Tensor packed, Tensor scale, Tensor? zero, Tensor? scale_2, Tensor? group_index, Tensor? bias, str format, SymInt n,"
-    " SymInt k, str? x_format, Tensor? x_scale, str? impl, bool deterministic) -> Tensor",
+    "linear(Tensor x, Tensor packed, Tensor scale, Tensor? zero, Tensor? scale_2, Tensor? group_index, Tensor? offset, Tensor? bias, str format,"
+    " SymInt n, SymInt k, str? x_format, Tensor? x_scale, str? impl, bool deterministic) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _library.define(
@@ -30,7 +30,7 @@ def call(x, w, bias, x_format, x_scale, impl, deterministic, out):
     """fast.linear while torch.compile traces it."""
     name = None if x_format is None else _name(x_format)
     if isinstance(w, QTensor):
-        parts = (w.packed, w.scale, w.zero, w.scale_2, w.group_index)
+        parts = [getattr(w, name) for name in TENSORS]
         y = torch.ops.quantref.linear(x, *parts, bias, _name(w.format), *w.shape, name, x_scale, impl, deterministic)
     elif isinstance(w, Prepared):
         y = torch.ops.quantref.linear_prepared(x, w.number, bias, w.n, name, x_scale, impl, deterministic)
@@ -67,8 +67,8 @@ class _Owner:
 
 
 @torch.library.impl(_library, "linear", "CompositeExplicitAutograd")
-def _linear(x, packed, scale, zero, scale_2, group_index, bias, format, n, k, x_format, x_scale, impl, deterministic):
-    parts = (scale, zero, scale_2, group_index)
+def _linear(x, packed, scale, zero, scale_2, group_index, offset, bias, format, n, k, x_format, x_scale, impl, deterministic):
+    parts = (scale, zero, scale_2, group_index, offset)
     key = (format, n, k, *map(id, parts))
     owner = getattr(packed, "_quantref_owner", None)
     if owner is None or owner.key != key:
@@ -83,7 +83,7 @@ def _linear_prepared(x, number, bias, n, x_format, x_scale, impl, deterministic)
 
 
 @torch.library.register_fake("quantref::linear", lib=_library)
-def _fake(x, packed, scale, zero, scale_2, group_index, bias, format, n, k, x_format, x_scale, impl, deterministic):
+def _fake(x, packed, scale, zero, scale_2, group_index, offset, bias, format, n, k, x_format, x_scale, impl, deterministic):
     return x.new_empty(*x.shape[:-1], n)
 
 

@@ -1,13 +1,12 @@
 """Quantized activations in plain torch: float32 arithmetic, no table, no look-up."""
 
-import math
-
 import torch
 
 from ref.element import Int, max_value
 from ref.format import SCALE_DTYPES, check_input_format, parse_format
 from ref.qtensor import QTensor
 
+from .codes import pack
 from .hadamard import hadamard
 
 SMALLEST_SCALE = 1e-30
@@ -27,7 +26,7 @@ def quantize_input(x, format, x_scale=None):
     turned = _rotated(rows, fmt)
     steps, scale, scale_2 = _scales(turned, fmt, x_scale)
     units, exponent = _round(turned / steps, fmt.element)
-    return QTensor(fmt, tuple(rows.shape), _pack(_codes(units, exponent, fmt.element), fmt.element.bits), scale, None, scale_2)
+    return QTensor(fmt, tuple(rows.shape), pack(_codes(units, exponent, fmt.element), fmt.element.bits), scale, None, scale_2)
 
 
 def quantized_values(x, fmt, x_scale):
@@ -130,14 +129,3 @@ def _codes(units, exponent, element):
     code = torch.where(units.isnan(), 2 ** (element.exponent + element.mantissa) - 1, code)
     sign = units.signbit().int() << (element.bits - 1) if element.signed else 0
     return (code | sign).to(torch.uint8)
-
-
-def _pack(codes, bits):
-    """The little-endian bitstream, by way of single bits."""
-    m, k = codes.shape
-    shifts = torch.arange(bits, device=codes.device)
-    stream = ((codes.int()[..., None] >> shifts) & 1).reshape(m, k * bits)
-    words = math.ceil(k * bits / 32)
-    stream = torch.nn.functional.pad(stream, (0, words * 32 - k * bits)).view(m, words, 32)
-    # int32 addition wraps, as two's complement wants it: the sum of the set bits is the word.
-    return (stream << torch.arange(32, device=codes.device, dtype=torch.int32)).sum(-1, dtype=torch.int32)

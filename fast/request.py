@@ -13,7 +13,8 @@ class Request:
 
     format: of the weight. shape: (n, k). x_dtype: of x and of the result. device: x's and the weight's.
     x_format: None (16-bit products), or how x is quantized first. static_scale: x_scale is given.
-    deterministic: the same bits on every run, one rounding. bias: there is one. group_index: the weight has one.
+    deterministic: the same bits on every run, one rounding. bias: there is one.
+    group_index: the weight has one. Implementations but "torch" see neither that nor a rotation in format: rearrange has taken them over.
     """
 
     format: Format

@@ -11,6 +11,7 @@ import torch._dynamo.testing
 import fast
 import fast.ops
 import ref
+from ref.qtensor import TENSORS
 
 from .test_linear import normal, same, weight
 
@@ -24,7 +25,7 @@ def compiled():
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("name", ["int4_g16", "nvfp4", "uint4_g16_zfp16", "fp8", "fp4_e0m3_g16_h8"])
+@pytest.mark.parametrize("name", ["int4_g16", "nvfp4", "uint4_g16_zfp16", "uint4_g16_obf16", "fp8_channel2div", "fp4_e0m3_g16_h8"])
 def test_compiled(name, compiled):
     q, bias = weight(name, 5, 40), normal(5)
     for shape in ((3, 40), (2, 3, 40), (40,)):
@@ -127,7 +128,7 @@ def test_gradients_are_refused_in_the_backward_pass():
         assert same(y.detach(), ref.linear(x.detach(), q))
         with pytest.raises(NotImplementedError, match="linear: x requires a gradient"):
             y.sum().backward()
-    y = torch.ops.quantref.linear(x, q.packed, q.scale, None, None, None, None, "int4_g16", 5, 40, None, None, None, True)
+    y = torch.ops.quantref.linear(x, q.packed, q.scale, None, None, None, None, None, "int4_g16", 5, 40, None, None, None, True)
     with pytest.raises(NotImplementedError, match="linear: x requires a gradient"):
         y.sum().backward()
     torch._dynamo.reset()
@@ -139,17 +140,17 @@ def test_compiled_refuses_gradients(compiled):
         compiled(normal(3, 40).requires_grad_(), weight("int4_g16", 5, 40), None)
 
 
-@pytest.mark.parametrize("name, x_format", [("int4_g16", None), ("nvfp4", "int8_token"), ("uint4z_g16", None)])
+@pytest.mark.parametrize("name, x_format", [("int4_g16", None), ("nvfp4", "int8_token"), ("uint4z_g16", None), ("uint4_g16_obf16", None)])
 def test_opcheck(name, x_format):
     q, x = weight(name, 5, 48), normal(2, 3, 48, dtype=torch.bfloat16)
-    args = (x, q.packed, q.scale, q.zero, q.scale_2, q.group_index, normal(5), name, 5, 48, x_format, None, None, True)
+    args = (x, *(getattr(q, part) for part in TENSORS), normal(5), name, 5, 48, x_format, None, None, True)
     assert set(torch.library.opcheck(torch.ops.quantref.linear.default, args).values()) == {"SUCCESS"}
     assert same(torch.ops.quantref.linear(*args), fast.linear(x, q, normal(5), x_format=x_format))
 
 
 def test_the_operator_keeps_nothing_alive():
     q, x = weight("int4_g16", 5, 40), normal(3, 40)
-    torch.ops.quantref.linear(x, q.packed, q.scale, None, None, None, None, "int4_g16", 5, 40, None, None, None, True)
+    torch.ops.quantref.linear(x, q.packed, q.scale, None, None, None, None, None, "int4_g16", 5, 40, None, None, None, True)
     alive = weakref.ref(q.packed), weakref.ref(q.scale)
     del q
     gc.collect()

@@ -59,7 +59,8 @@ REFUSED = [
     ("int8_g64_bf16_channel2", None, "second scale"),
     ("int8_g64_bf16_tensor2", None, "before the second scale"),
     ("int4_tensor_tensor2", None, "one tensor scale"),
-    ("int4_g128_bf16_h128", None, "rotate"),
+    ("uint4_g32_bf16_obf16", None, "nothing to a weight"),
+    ("fp4_e2m1_g16_e4m3_tensor2div", None, "one over a divisor"),
     ("fp6_e3m2fn_g64_bf16", None, "no inf or NaN codes"),
     ("fp8_e8m0_g64_bf16", None, "signed floats"),
     ("uint8z_g128_bf16", "int8_token", "at most 7 bits"),
@@ -92,7 +93,6 @@ def test_refuses_by_call(hopper, monkeypatch):
     assert "bias" in humming.why_not(request(one, bias=True))
     assert humming.why_not(request(one, bias=True, deterministic=False)) is None
     assert "float16 or bfloat16" in humming.why_not(request(one, dtype=torch.float32))
-    assert "group index" in humming.why_not(request(one, group_index=True))
     assert "empty" in humming.why_not(request(one, shape=(0, 512)))
     assert "NVIDIA" in humming.why_not(request(one, device=torch.device("cpu")))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 0))
@@ -113,9 +113,8 @@ def test_cublas_takes_fp8(hopper, dtype):
 
 def test_cublas_refuses(hopper):
     for name, x_format in (("fp8", None), ("int8", "int8_token"), ("fp8_e5m2", "fp8_e5m2_token"), ("fp8_e4m3_g128", "fp8_e4m3_token"), ("fp8", "fp8_e4m3_g128"),
-                           ("fp8_h64", "fp8_e4m3_token"), ("fp8_tensor_tensor2", "fp8_e4m3_token"), ("fp8", "fp8_e4m3_token_bf16")):  # fmt: skip
+                           ("fp8", "fp8_e4m3_token_h64"), ("fp8_ofp32", "fp8_e4m3_token"), ("fp8_tensor2div", "fp8_e4m3_token"), ("fp8_tensor_tensor2", "fp8_e4m3_token"), ("fp8", "fp8_e4m3_token_bf16")):  # fmt: skip
         assert cublas.why_not(request(name, x_format)), name
-    assert cublas.why_not(request("fp8", "fp8_e4m3_token", group_index=True))
     assert cublas.why_not(request("fp8", "fp8_e4m3_token", device=torch.device("cpu")))
 
 

@@ -13,7 +13,8 @@ from ref.format import FORMATS
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 NAMES = [*FORMATS, "int1_g32", "int2_tensor", "uint3z_b8x16_bf16", "fp4_e0m3_g64_h16", "uint5_g32_zfp32", "int4_g32_ue5m3", "iq4nl_g32_fp16", "int6_g7",
-         "int8_channel2_g16_e5m2", "fp6_e2m3_b0x32", "fp8_tensor", "int7_g30", "fp8_e4m3_channel2_bf16_g48", "uint8_zbf16", "fp8_ue5m3_g16", "fp5_e2m2ieee"]  # fmt: skip
+         "int8_channel2_g16_e5m2", "fp6_e2m3_b0x32", "fp8_tensor", "int7_g30", "fp8_e4m3_channel2_bf16_g48", "uint8_zbf16", "fp8_ue5m3_g16", "fp5_e2m2ieee", "int6_g24_obf16",
+         "uint2_b8x16_ofp32_h16", "nf4_g64_ofp16", "fp4_e2m1_g16_e4m3_tensor2div", "int8_channel2div"]  # fmt: skip
 
 
 def normal(*shape, seed=0, dtype=torch.float32):
@@ -95,10 +96,15 @@ def test_parts_of_the_weight_may_be_views():
 
 
 def test_group_index():
-    for name in ("int4_g16", "uint4z_g16", "nvfp4"):
-        index = torch.randint(3, (48,), generator=torch.Generator().manual_seed(0)).int()
-        q = ref.validate(replace(weight(name, 6, 48), group_index=index))
-        assert same(fast.linear(x := normal(3, 48), q), ref.linear(x, q))
+    for name in ("int4_g16", "uint4z_g16", "nvfp4", "uint4_g16_ofp32", "int4_g16_h16"):
+        index = torch.randint(3, (2, 48), generator=torch.Generator().manual_seed(0)).int()
+        q = ref.validate(replace(weight(name, 6, 48), group_index=index[0]))
+        x = normal(3, 48)
+        assert same(fast.linear(x, q), ref.linear(x, q))
+        experts = ref.validate(replace(ref.quantize(normal(2, 6, 48), name), group_index=index))
+        assert torch.equal(fast.dequantize(experts), ref.dequantize(experts))
+    with pytest.raises(ValueError, match="reaches outside of its 3 groups"):
+        fast.linear(x, replace(q, group_index=index[0] + 3))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

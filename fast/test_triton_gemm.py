@@ -21,7 +21,8 @@ WEIGHTS = [
     "int1_g16", "int2", "int3_g24", "int4_g128", "int5_tensor", "int6_b7x40", "int7_g1", "int8", "uint3z_g32",
     "uint4_g64_zfp16", "uint8_g32_zfp32", "fp8", "fp8_e5m2_g64_e5m2", "fp8_e3m4", "fp8_ue5m3",
     "fp6_e2m3_g32_bf16_channel2", "fp7_e3m3", "fp4_e0m3_g16", "fp8_e7m0", "mxfp4", "nvfp4", "nf4_g64",
-    "iq4nl_g32_ue5m3",
+    "iq4nl_g32_ue5m3", "uint4_g32_fp16_ofp16", "int8_ofp32", "fp6_e3m2_b5x48_obf16", "nf4_tensor_ofp16", "fp4_e2m1_g16_e4m3_tensor2div",
+    "int5_g7_channel2div",
 ]  # fmt: skip
 
 
@@ -37,8 +38,13 @@ def weight(name, n, k):
     if fmt.zero is not None:
         zero = torch.randint(0, 2**fmt.element.bits, shape, generator=generator)
         zero = zero.to(torch.uint8) if fmt.zero == "int" else (zero / 2).to(SCALE_DTYPES[fmt.zero])
-    second = {None: None, "tensor": (1, 1), "channel": (n, 1)}[fmt.scale_2]
-    return ref.QTensor(fmt, (n, k), ref.pack(codes, fmt.element.bits), scale, zero, None if second is None else torch.full(second, 0.25))
+    second = None
+    if fmt.scale_2 is not None:
+        second = torch.full((n if fmt.scale_2.startswith("channel") else 1, 1), 0.25)
+    offset = None
+    if fmt.offset is not None:
+        offset = torch.randint(-16, 17, shape, generator=generator).to(SCALE_DTYPES[fmt.offset]) / 4
+    return ref.QTensor(fmt, (n, k), ref.pack(codes, fmt.element.bits), scale, zero, second, offset=offset)
 
 
 def run(q, x, bias=None, x_format=None, x_scale=None):
@@ -60,16 +66,61 @@ def test_one_hot_x_gives_the_weight(name, dtype):
     assert torch.equal(run(q, x), ref.linear(x, q))
 
 
-@pytest.mark.parametrize("name", ["int3_g24", "int4_g128", "uint4_g64_zfp16", "mxfp4", "nvfp4", "fp4_e0m3_g16", "int4_h4"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "int3_g24",
+        "int4_g128",
+        "uint4_g64_zfp16",
+        "mxfp4",
+        "nvfp4",
+        "fp4_e0m3_g16",
+        "uint4_g32_fp16_ofp16",
+        "int3_b5x48_obf16",
+        "fp8_ofp32",
+        "int4_g32_channel2div",
+    ],
+)
 def test_exact_sums_give_the_same_bits(name):
     q = weight(name, 33, 200)
     x = torch.randint(-2, 3, (5, 200), generator=torch.Generator().manual_seed(1)).to(BF16)
     bias = torch.arange(33).to(BF16)
-    assert torch.equal(run(q, x, bias), ref.linear_variant(x, q, bias, variant="input_rotated"))
+    assert torch.equal(run(q, x, bias), ref.linear(x, q, bias))
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
+def test_codebooks_of_every_width(bits):
+    book = ref.Codebook("odd", tuple(float((3 * i + 1) % 2**bits - 2**bits // 3) for i in range(2**bits)))
+    for group in ((1, 24), (1, 0)):
+        q = weight(ref.Format(book, group=group), 20, 100)
+        x = torch.randint(-1, 2, (5, 100), generator=torch.Generator().manual_seed(1)).to(BF16)
+        assert torch.equal(run(q, x), ref.linear(x, q))
+
+
+def test_a_divisor_is_divided_by_once():
+    """Not multiplied by its rounded reciprocal, which would change some of these."""
+    q = weight("int8_channel2div", 60, 16)
+    q = dataclasses.replace(q, scale=torch.ones_like(q.scale), scale_2=torch.arange(1.0, 61)[:, None])
+    x = torch.eye(16)
+    quotient = ref.decode(ref.unpack(q.packed, 8, 16), q.format.element).float() / q.scale_2
+    assert torch.equal(run(q, x), quotient.T) and not torch.equal((quotient * q.scale_2) * (1 / q.scale_2), quotient)
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
+@pytest.mark.parametrize("size", [2.0**-100, 2.0**-20, 2.0**90])
+def test_far_offsets_neither_vanish_nor_overflow(size, dtype):
+    """With scales as far, and far apart from them; with values that are moved to fill fp16, too."""
+    for element in (ref.Int(4), ref.Codebook("tiny", (0.0, 2.0**-40, -(2.0**-40), 2.0**-39))):
+        for scale in (1.0, size):
+            q = weight(ref.Format(element, group=(1, 32), offset="fp32"), 8, 64)
+            q = dataclasses.replace(q, scale=torch.full_like(q.scale, scale), offset=q.offset * size)
+            x = torch.zeros(8, 64, dtype=dtype)
+            x[torch.arange(8), torch.arange(8) * 7] = 0.5
+            assert torch.equal(run(q, x), ref.linear(x, q))
 
 
 @pytest.mark.parametrize("x_format", ["int8_token", "fp8_e4m3_g64", "fp4_e2m1_g32_e8m0", "fp4_e2m1_g16_e4m3_channel2", "fp8_e4m3_tensor"])
-@pytest.mark.parametrize("name", ["int4_g128", "uint4z_g32", "fp8", "mxfp4"])
+@pytest.mark.parametrize("name", ["int4_g128", "uint4z_g32", "fp8", "mxfp4", "uint4_g32_ofp16"])
 def test_quantized_x(name, x_format):
     q = weight(name, 20, 200)
     x = torch.randint(-3, 4, (4, 200), generator=torch.Generator().manual_seed(2)).float()

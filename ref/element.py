@@ -182,16 +182,20 @@ def largest(element):
     return max_value(element) or -min_value(element)
 
 
-def decode(codes, element):
+def decode(codes, element, dtype=torch.float64):
     """values(element)[codes], exactly.
 
     Args:
         codes: any shape, any integer dtype, 0 <= code < 2^bits.
+        dtype: of the result: float64, or float32 where every value of the element is a float32.
 
     Returns:
-        float64, shape of codes.
+        dtype, shape of codes.
     """
-    return values(element, codes.device)[codes.long()]
+    if isinstance(element, Int):  # a difference is quicker than a look-up
+        return codes.to(dtype).sub_(2 ** (element.bits - 1) if element.signed else 0)
+    # So is index_select in one dimension, several times, than values[codes].
+    return values(element, codes.device).to(dtype).index_select(0, codes.flatten().int()).view(codes.shape)
 
 
 def encode(x, element, rounding="nearest_even", generator=None):

@@ -1,9 +1,12 @@
 """Packed codes: the little-endian bitstream."""
 
-import torch
+import math
 
-# 32 codes of b bits fill exactly b words, so a row is a run of such blocks.
-BLOCK = 32
+import torch
+from torch.nn.functional import pad
+
+# A run of 1, 2, 4 or 8 codes fills whole bytes of the stream; apart, one code a byte, it is one integer of this dtype.
+RUN_DTYPES = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def pack(codes, bits):
@@ -30,16 +33,12 @@ def pack(codes, bits):
         raise TypeError(f"pack: codes have dtype {codes.dtype}, expected an integer dtype")
     if codes.numel() and (int(codes.min()) < 0 or int(codes.max()) >= 2**bits):
         raise ValueError(f"pack: codes range from {int(codes.min())} to {int(codes.max())}, expected 0 to {2**bits - 1} ({bits} bits)")
-    k = codes.shape[-1]
-    blocks = torch.nn.functional.pad(codes.to(torch.int64), (0, -k % BLOCK)).unflatten(-1, (-1, BLOCK))
-    words = torch.zeros(*blocks.shape[:-1], bits + 1, dtype=torch.int64, device=codes.device)
-    for i in range(BLOCK):
-        word, shift = divmod(i * bits, 32)
-        shifted = blocks[..., i] << shift
-        words[..., word] |= shifted & 0xFFFFFFFF
-        words[..., word + 1] |= shifted >> 32
-    words = words[..., :bits].flatten(-2)[..., : words_per_row(k, bits)]
-    return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32).contiguous()
+    k, (count, size) = codes.shape[-1], _run(bits)
+    runs = _view(pad(codes.to(torch.uint8), (0, -k % count)), RUN_DTYPES[count])
+    for low, shift in reversed(_moves(bits)):
+        runs.sub_((runs & (low << shift)) >> shift, alpha=2**shift - 1)
+    stream = _view(runs, torch.uint8).unflatten(-1, (-1, count))[..., :size].flatten(-2)
+    return _view(pad(stream, (0, 4 * words_per_row(k, bits) - stream.shape[-1])), torch.int32)
 
 
 def unpack(packed, bits, k):
@@ -64,20 +63,45 @@ def unpack(packed, bits, k):
         raise ValueError(
             f"unpack: packed has {packed.shape[-1]} words a row, expected {words_per_row(k, bits)} (k={k} codes of {bits} bits)"
         )
-    words = torch.nn.functional.pad(packed, (0, -packed.shape[-1] % bits)).unflatten(-1, (-1, bits))
-    codes = torch.empty(*words.shape[:-1], BLOCK, dtype=torch.uint8, device=packed.device)
-    for i in range(BLOCK):
-        word, shift = divmod(i * bits, 32)
-        code = words[..., word] >> shift  # arithmetic: the mask below removes what the sign brought in
-        if shift + bits > 32:
-            code = (code & (2 ** (32 - shift) - 1)) | (words[..., word + 1] << (32 - shift))
-        codes[..., i] = (code & (2**bits - 1)).to(torch.uint8)
-    return codes.flatten(-2)[..., :k].contiguous()
+    count, size = _run(bits)
+    stream = _view(packed.clone(memory_format=torch.contiguous_format), torch.uint8)
+    stream = pad(stream, (0, -(-k // count) * size - stream.shape[-1])).unflatten(-1, (-1, size))
+    runs = _view(pad(stream, (0, count - size)).flatten(-2), RUN_DTYPES[count])
+    for low, shift in _moves(bits):
+        runs.add_(runs & low, alpha=2**shift - 1)
+    return _view(runs, torch.uint8)[..., :k].contiguous()
 
 
 def words_per_row(k, bits):
     """int32 words that k codes of `bits` bits take."""
     return -(-k * bits // 32)
+
+
+def _run(bits):
+    """The fewest codes that fill whole bytes, and how many bytes."""
+    count = 8 // math.gcd(8, bits)
+    return count, count * bits // 8
+
+
+def _moves(bits):
+    """The steps that take a run of codes apart, from close together to one code a byte: [(mask, shift)].
+
+    Each step halves all pieces: the upper halves (the bits in mask) move up by shift, to where their own bytes begin. With p the
+    pieces to move, x - p + (p << shift) = x + p * (2^shift - 1).
+    """
+    count, _ = _run(bits)
+    moves, half = [], count // 2
+    while half:
+        width, place = half * bits, half * 8
+        mask = sum((2**width - 1) << (2 * place * i + width) for i in range(count // (2 * half)))
+        moves.append((mask, place - width))
+        half //= 2
+    return moves
+
+
+def _view(rows, dtype):
+    """The bytes of each row as integers of another size; rows.view(dtype) would refuse rows without any."""
+    return rows.contiguous().view(-1).view(dtype).view(*rows.shape[:-1], rows.shape[-1] * rows.element_size() // dtype.itemsize)
 
 
 def _check_bits(operation, bits):

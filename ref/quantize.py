@@ -1,15 +1,23 @@
 """Quantize and dequantize."""
 
+import functools
+import math
+from dataclasses import replace
+
 import torch
 
-from .element import decode, encode, largest, min_value
-from .format import parse_format
+from .element import decode, encode, largest, min_value, value_list
+from .format import SCALE_DTYPES, parse_format
 from .hadamard import hadamard
 from .pack import pack, unpack
-from .qtensor import QTensor, check_parts
+from .qtensor import TENSORS, QTensor, check_parts
 from .rounding import round_to
 from .rule import RULES, SCALE_2_TOP, default_rule
 from .scale import decode_scale, encode_scale, tile, times_scale_2, untile
+
+# Weights that dequantize works on at a time: few enough to stay in a cache and take little memory with all intermediate results,
+# enough that starting an operation costs nothing beside it.
+CHUNK = 2**19
 
 
 def dequantize(q, dtype=torch.float64):
@@ -30,18 +38,84 @@ def dequantize(q, dtype=torch.float64):
         TypeError, ValueError: parts of q that disagree, or another dtype.
     """
     check_parts(q, "dequantize")
-    w = stored_values(q)
-    return round_to(hadamard(w, q.format.hadamard) if q.format.hadamard else w, dtype)
+    if dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
+        raise TypeError(f"dequantize: got {dtype}, expected float64, float32, float16 or bfloat16")
+    w = torch.empty(q.shape, dtype=dtype, device=q.packed.device)
+    _write_weights(w, q, q.format.hadamard)
+    return w
 
 
 def stored_values(q):
     """dequantize before the inverse rotation: float64 (..., n, k), what the codes and scales say by themselves."""
-    codes = unpack(q.packed, q.format.element.bits, q.shape[-1])
-    w = decode(codes, q.format.element)
-    if q.zero is not None:
-        w = w - _expand(q.zero.to(torch.float64), q)
-    w = times_scale_2(w * _expand(decode_scale(q.scale, q.format.scale), q), q.format, q.scale_2)
-    return w if q.offset is None else w + _expand(q.offset.to(torch.float64), q)
+    w = torch.empty(q.shape, dtype=torch.float64, device=q.packed.device)
+    _write_weights(w, q, 0)
+    return w
+
+
+def _write_weights(out, q, block):
+    """out[...] = the weights of q, rotated back in blocks of that size, by as many rows at a time as fit a cache."""
+    if out.dim() > 2:
+        for index, expert in enumerate(out):
+            parts = {name: getattr(q, name)[index] for name in TENSORS if getattr(q, name) is not None}
+            _write_weights(expert, replace(q, shape=tuple(q.shape[1:]), **parts), block)
+        return
+    n, k = out.shape
+    step = max(1, CHUNK // max(k, 1))
+    working = _working_dtype(q.format, out.dtype)
+    for start in range(0, n, step):
+        w = _stored_rows(q, start, min(start + step, n), working)
+        if working == torch.float64:
+            w = round_to(hadamard(w, block) if block else w, out.dtype)
+        out[start : start + step] = w
+
+
+def _stored_rows(q, start, stop, working):
+    """stored_values of the rows from start to stop of a weight (n, k), computed in the working dtype."""
+    fmt, (n, k) = q.format, q.shape
+    group_row = torch.arange(start, stop, device=q.packed.device) // (fmt.group[0] or n)
+    width = 1 if q.group_index is not None else max(min(fmt.group[1] or k, k), 1)
+
+    def spread(t):
+        """A value per group, of these rows: (rows, groups) as (rows, groups, 1); by group_index, a group is one column."""
+        return (t if q.group_index is None else t.index_select(1, q.group_index))[..., None]
+
+    codes = unpack(q.packed[start:stop], fmt.element.bits, k)
+    codes = torch.nn.functional.pad(codes, (0, -k % width)) if k % width else codes
+    w = decode(codes.unflatten(-1, (-1, width)), fmt.element, working)
+    scale, zero, offset = (t if t is None else t.index_select(0, group_row) for t in (q.scale, q.zero, q.offset))
+    if zero is not None:
+        w -= spread(zero.to(working))
+    w *= spread(decode_scale(scale, fmt.scale).to(working))
+    w = times_scale_2(w, fmt, None if q.scale_2 is None else q.scale_2.expand(n, 1)[start:stop, None])
+    if offset is not None:
+        w += spread(offset.to(working))
+    return w.flatten(-2)[:, :k]
+
+
+def _working_dtype(fmt, dtype):
+    """float32 where it gives the same bits as float64 would, else float64.
+
+    It does where a weight is one product, value times scale. A float32 result rounds that once either way. For a 16-bit result
+    float32 must hold the product itself: at most 24 significant bits, none below 2^-149; what overflows it overflows the result.
+    """
+    if dtype == torch.float64 or fmt.zero not in (None, "int") or fmt.scale_2 or fmt.offset or fmt.hadamard:
+        return torch.float64
+    bits, lowest, top = _precision(fmt.element)
+    if dtype != torch.float32:
+        scale_bits, scale_lowest, _ = _precision(SCALE_DTYPES[fmt.scale])
+        bits, lowest = bits + scale_bits, lowest * scale_lowest
+    return torch.float32 if bits <= 24 and lowest >= 2.0**-149 and top < 2.0**128 else torch.float64
+
+
+@functools.cache
+def _precision(numbers):
+    """Of an element's finite values, or a dtype's: the most significant bits, the lowest bit, the largest magnitude."""
+    if isinstance(numbers, torch.dtype):
+        info = torch.finfo(numbers)
+        return round(1 - math.log2(info.eps)), info.smallest_normal * info.eps, info.max
+    magnitudes = [abs(v) for v in value_list(numbers) if v and math.isfinite(v)] or [1.0]
+    lowest = [(n & -n) / d for n, d in map(float.as_integer_ratio, magnitudes)]
+    return max(int(v / low).bit_length() for v, low in zip(magnitudes, lowest, strict=True)), min(lowest), max(magnitudes)
 
 
 def quantize(w, format, *, rule=None, rounding="nearest_even", generator=None):
@@ -120,16 +194,6 @@ def second_scale(x, fmt):
 
 def _ratio(x, step):
     return torch.where(step == 0, 0.0, x / torch.where(step == 0, 1.0, step))
-
-
-def _expand(t, q):
-    """A value per group as a value per weight, by group_index where there is one."""
-    if q.group_index is None:
-        return untile(t, q.format.group, q.shape)
-    n, gn = q.shape[-2], q.format.group[0]
-    rows = torch.arange(n, device=t.device) // gn if gn else torch.zeros(n, dtype=torch.long, device=t.device)
-    columns = q.group_index.long()[..., None, :].expand(*q.shape)
-    return t.index_select(-2, rows).gather(-1, columns)
 
 
 def check_values(operation, name, x):

@@ -80,6 +80,32 @@ def test_shapes_dtypes_and_strides():
         assert empty.shape == (*shape[:-1], words_per_row(shape[-1], 5)) and unpack(empty, 5, shape[-1]).shape == shape
 
 
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_rows_cut_from_others(bits):
+    """Rows that begin at any word of a larger tensor, and columns that lie apart."""
+    codes = torch.randint(2**bits, (7, 37), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    packed = pack(codes, bits)
+    assert torch.equal(unpack(packed[3:], bits, 37), codes[3:]) and torch.equal(unpack(packed[::3], bits, 37), codes[::3])
+    assert torch.equal(pack(codes[3:, 1:], bits), pack(codes[3:, 1:].clone(), bits))
+    assert torch.equal(pack(codes[:, ::5], bits), pack(codes[:, ::5].clone(), bits))
+    apart = torch.stack((packed, packed), dim=-1)[..., 1]
+    assert not apart.is_contiguous() and torch.equal(unpack(apart, bits, 37), codes)
+    assert torch.equal(unpack(apart[:1, :1], bits, 32 // bits), codes[:1, : 32 // bits])
+    assert torch.equal(pack(codes[:1, 5:6], bits), pack(codes[:1, 5:6].clone(), bits))
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_arguments_are_left_alone_and_results_are_new(bits):
+    codes = torch.randint(2**bits, (3, 64), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    before, packed = codes.clone(), pack(codes, bits)
+    words_before, back = packed.clone(), unpack(packed, bits, 64)
+    assert torch.equal(codes, before) and torch.equal(packed, words_before)
+    back.zero_()
+    assert torch.equal(packed, words_before)
+    packed.zero_()
+    assert torch.equal(codes, before)
+
+
 def test_width():
     assert [words_per_row(33, b) for b in range(1, 9)] == [2, 3, 4, 5, 6, 7, 8, 9]
     assert (words_per_row(0, 3), words_per_row(1, 8), words_per_row(64, 3), words_per_row(4096, 4)) == (0, 1, 6, 512)

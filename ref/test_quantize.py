@@ -1,17 +1,20 @@
 """Quantize takes the nearest code whatever the rule, dequantize is exact, and what is no weight is refused."""
 
+import importlib
 import math
 from fractions import Fraction
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from .element import Float, Int, encode, value_list, values
-from .format import FORMATS, SCALE_DTYPES, parse_format
+from .element import NAMED, Codebook, Float, Int, encode, value_list, values
+from .format import FORMATS, SCALE_DTYPES, Format, parse_format
 from .hadamard import hadamard
-from .pack import pack, unpack
+from .pack import pack, unpack, words_per_row
 from .qtensor import TENSORS, QTensor, validate
-from .quantize import dequantize, quantize
+from .quantize import dequantize, quantize, stored_values
 from .rounding import round_to
 from .rule import RULES
 from .scale import decode_scale, encode_scale
@@ -271,3 +274,128 @@ def test_dequantize_rounds_once(dtype):
         assert torch.equal(dequantize(q, dtype), round_to(dequantize(q), dtype))
     trap = QTensor(parse_format("int8"), (1, 1), pack(torch.tensor([[128 + 3]]), 8), torch.tensor([[(1 + 2.0**-11 + 2.0**-23) / 3]]))
     assert dequantize(trap, dtype).item() == round_to(dequantize(trap), dtype).item()
+
+
+# What each element can be, with scales of every dtype: elements whose values float32 does not hold are among them.
+ELEMENTS = [Int(b) for b in range(1, 9)] + [Int(b, signed=False) for b in range(1, 9)] + [*NAMED.values(), Float(2, 1), Float(3, 2), Float(2, 3),
+            Float(0, 3), Float(8, 0, signed=False), Codebook("far", (2.0**200, -(2.0**-200), 0.0, 1.0)), Codebook("long", (0.1, -1.0))]  # fmt: skip
+DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
+BITS = {8: torch.int64, 4: torch.int32, 2: torch.int16}
+
+
+@st.composite
+def any_format(draw):
+    element = draw(st.sampled_from(ELEMENTS))
+    zero = scale_2 = offset = None
+    if isinstance(element, Int) and not element.signed:
+        zero = draw(st.sampled_from([None, "int", "fp32", "fp16", "bf16"]))
+    if zero is None:
+        offset = draw(st.sampled_from([None, None, "fp32", "fp16", "bf16"]))
+    if offset is None:
+        scale_2 = draw(st.sampled_from([None, None, "tensor", "channel", "tensor_divisor", "channel_divisor"]))
+    group = draw(st.sampled_from([(0, 0), (1, 0), (1, 1), (1, 8), (1, 12), (4, 8), (3, 0), (0, 5), (1, 2**40)]))
+    return Format(element, draw(st.sampled_from(list(SCALE_DTYPES))), group, zero, scale_2, draw(st.sampled_from([0, 0, 0, 4])), offset)
+
+
+def any_qtensor(fmt, shape, seed, wild, order):
+    """Every code; scales, zeros and offsets of any bits (subnormals, -0, inf, NaN) if wild, else around one."""
+    g = torch.Generator().manual_seed(seed)
+    *lead, n, k = shape
+
+    def words(*shape, dtype=torch.int32):
+        return torch.randint(-(2**31), 2**31, shape, generator=g).to(dtype)
+
+    def part(shape, target):
+        if not isinstance(target, torch.dtype):
+            return words(*shape).to(torch.uint8)
+        moderate = torch.randn(shape, generator=g, dtype=torch.float64) * 2.0 ** torch.randint(-8, 8, shape, generator=g)
+        return words(*shape, dtype=BITS[target.itemsize]).view(target) if wild else moderate.to(target)
+
+    scale = part(fmt.scale_shape(shape), SCALE_DTYPES[fmt.scale])
+    zero = offset = second = index = None
+    if fmt.zero is not None:
+        zero = part(scale.shape, SCALE_DTYPES.get(fmt.zero))
+    if fmt.offset is not None:
+        offset = part(scale.shape, SCALE_DTYPES[fmt.offset])
+    if fmt.scale_2 is not None:
+        second = part((*lead, n if fmt.scale_2.startswith("channel") else 1, 1), torch.float32)
+    if order:
+        index = torch.randint(scale.shape[-1] or 1, (*lead, k), generator=g).int()
+    return QTensor(fmt, shape, words(*lead, n, words_per_row(k, fmt.element.bits)), scale, zero, second, index, offset)
+
+
+def definition(q, rotated=True):
+    """What q stands for, float64, all at once: one look-up or operation of the formula after another."""
+    fmt, (*lead, n, k) = q.format, q.shape
+    row = torch.arange(n) // (fmt.group[0] or max(n, 1))
+    column = torch.arange(k) // (fmt.group[1] or max(k, 1)) if q.group_index is None else q.group_index.long()
+    column = column.expand(*lead, k)[..., None, :].expand(*lead, n, k)
+
+    def spread(t):
+        return t.double()[..., row, :].gather(-1, column)
+
+    w = values(fmt.element)[codes_of(q).long()]
+    if q.zero is not None:
+        w = w - spread(q.zero)
+    target = SCALE_DTYPES[fmt.scale]
+    w = w * spread(q.scale if isinstance(target, torch.dtype) else values(target)[q.scale.long()])
+    if q.scale_2 is not None:
+        w = w / q.scale_2.double() if fmt.scale_2.endswith("divisor") else w * q.scale_2.double()
+    if q.offset is not None:
+        w = w + spread(q.offset)
+    return hadamard(w, fmt.hadamard) if rotated and fmt.hadamard else w
+
+
+def assert_same_bits(got, expected):
+    """The same bits, -0 apart from 0, or NaN in the same places."""
+    assert got.dtype == expected.dtype and got.shape == expected.shape and torch.equal(got.isnan(), expected.isnan())
+    a, b = (t.nan_to_num(0, torch.inf, -torch.inf).view(BITS[t.itemsize]) for t in (got, expected))
+    assert torch.equal(a, b)
+
+
+@settings(deadline=None)
+@given(any_format(), st.lists(st.integers(0, 3), max_size=2), st.integers(0, 9), st.integers(0, 20), st.integers(0, 2**32), st.booleans(), st.booleans(), st.sampled_from([1, 40, 2**18]))  # fmt: skip
+def test_dequantize_has_the_bits_of_its_definition(fmt, lead, n, k, seed, wild, order, chunk):
+    k = k // (fmt.hadamard or 1) * (fmt.hadamard or 1)
+    q = any_qtensor(fmt, (*lead, n, k), seed, wild, order and fmt.scale_shape((n, k))[-1] > 0)
+    expected = definition(q)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(importlib.import_module("ref.quantize"), "CHUNK", chunk)
+        for dtype in DTYPES:
+            assert_same_bits(dequantize(q, dtype), round_to(expected, dtype))
+        assert_same_bits(stored_values(q), definition(q, rotated=False))
+
+
+@pytest.mark.parametrize("scale", ["fp16", "bf16"])
+@pytest.mark.parametrize("element", [Int(4), Int(8), Float(2, 1), NAMED["e4m3"], NAMED["e5m2"], NAMED["e8m0"], NAMED["iq4nl"]], ids=str)
+def test_every_code_times_every_scale(element, scale):
+    """All products that 16-bit scales can make (for 8-bit elements an eighth of the scales): the same bits by way of float32."""
+    codes = torch.arange(2**element.bits)
+    words = torch.arange(-(2**15), 2**15, 8 if element.bits == 8 else 1).to(torch.int16)
+    packed = pack(codes, element.bits).expand(len(words), -1)
+    q = QTensor(Format(element, scale), (len(words), len(codes)), packed, words.view(SCALE_DTYPES[scale])[:, None])
+    product = values(element) * q.scale.double()
+    for dtype in DTYPES[1:]:
+        assert_same_bits(dequantize(q, dtype), round_to(product, dtype))
+
+
+def test_stacks_of_any_strides():
+    stack = quantize(normal(4, 6, 24), "int3_g128")
+    parts = {name: getattr(stack, name).transpose(0, 1).contiguous().transpose(0, 1) for name in ("packed", "scale")}
+    assert not parts["packed"].is_contiguous() and torch.equal(dequantize(QTensor(stack.format, stack.shape, **parts)), dequantize(stack))
+
+
+def test_dequantize_leaves_its_parts_alone():
+    for name in ("int8", "uint8_zbf16", "fp8", "int4_g32"):
+        q = quantize(normal(8, 64), name)
+        before = [t.clone() for t in (q.packed, q.scale)]
+        dequantize(q, torch.float32).zero_()
+        assert torch.equal(q.packed, before[0]) and torch.equal(q.scale, before[1])
+
+
+def test_dequantize_refuses_other_dtypes():
+    for shape in ((4, 32), (0, 32)):
+        q = quantize(torch.ones(shape), "int4_g32")
+        for dtype in (torch.int8, torch.float8_e4m3fn):
+            with pytest.raises(TypeError, match=f"dequantize: got {dtype}, expected float64, float32, float16 or bfloat16"):
+                dequantize(q, dtype)

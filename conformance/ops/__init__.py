@@ -5,12 +5,18 @@ A module has
     labels(formats)              the rows of the report: those of `formats` (names) that the operation has
     cases(label, config)         a Hypothesis strategy; config: a strategy for the part that is costly to prepare, or None
     build(case, device, variants) -> Problem
+and it may have
+    SHARE                        of the examples, and of the seconds that a slow implementation has in a cell (default 1)
 """
 
+import importlib
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+
+from ref.qtensor import TENSORS
 
 
 @dataclass
@@ -18,7 +24,9 @@ class Problem:
     """One call, and how its result is judged.
 
     args, kwargs: of the call. owned: every buffer that the call may read, by name: it must come back unchanged.
-    result: what is expected: (shape, dtype) of a tensor, or None for a QTensor. check: result -> Agreement, raises Disagreement.
+    result: what is expected: (shape, dtype) of a tensor, a list of them for a tuple, or None for a QTensor.
+    check: result, on the CPU but for a QTensor -> Agreement, raises Disagreement. settled: of a result's tensors, on the CPU, what has to
+    be the same at every call.
     """
 
     args: tuple
@@ -26,7 +34,8 @@ class Problem:
     device: torch.device
     owned: dict
     kwargs: dict = field(default_factory=dict)
-    result: tuple | None = None
+    result: tuple | list | None = None
+    settled: Callable = list
 
     def __post_init__(self):
         self.pristine = {name: t.clone() for name, t in self.owned.items()}
@@ -34,8 +43,7 @@ class Problem:
 
 def parts_of(q, name):
     """The tensors of a QTensor by name, for Problem.owned."""
-    parts = ("packed", "scale", "zero", "scale_2", "group_index")
-    return {f"{name}.{part}": getattr(q, part) for part in parts if getattr(q, part) is not None}
+    return {f"{name}.{part}": getattr(q, part) for part in TENSORS if getattr(q, part) is not None}
 
 
 def on_cpu(q):
@@ -45,9 +53,16 @@ def on_cpu(q):
     return replace(q, **{name.partition(".")[2]: t.cpu() for name, t in parts_of(q, "q").items()})
 
 
-def operations():
-    """The operations by name, cheap ones last."""
-    from . import dequantize, linear, linear_x, pack, quantize, quantize_input, unpack
+# Cheap ones last, layers behind what they are made of.
+NAMES = (
+    *("linear", "linear_x", "quantize_input", "quantize", "dequantize", "pack", "unpack"),
+    *("fused_topk", "hash_topk"),
+    *("moe_align_block_size", "batched_moe_align_block_size", "moe_permute", "moe_unpermute", "moe_scatter_masked"),
+    *("grouped_linear", "masked_linear", "indexed_linear"),
+    *("moe_activation", "moe_fused_mul_sum", "expert_map", "fused_experts"),
+)
 
-    modules = (linear, linear_x, quantize_input, quantize, dequantize, pack, unpack)
-    return {module.__name__.rpartition(".")[2]: module for module in modules}
+
+def operations():
+    """The operations by name."""
+    return {name: importlib.import_module(f"{__name__}.{name}") for name in NAMES}

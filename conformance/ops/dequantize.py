@@ -1,9 +1,9 @@
-"""dequantize: w = (value - zero) * scale * scale_2, rounded once.
+"""dequantize: w = (value - zero) * scale * scale_2 + offset, rounded once.
 
-Where float32 holds w itself, every step towards it is exact (the odd parts of its factors divide its own), and bits have to
-agree. Else each of at most r = 1 + [zero] + 2 [scale_2] roundings to float32 (float64 for a float64 result) may lose u of w's
-magnitude, and a rotation over B log2 B + 2 more of |w|_1 / sqrt(B) of its block. In float32 the magnitude counts a zero point
-absolutely, as in value * scale - zero * scale; in float64 the difference is exact.
+Where float32 holds w itself and every step towards it is exact (bounds.sums_exactly), bits have to agree. Else each of at most
+r = 1 + [zero] + 2 [scale_2] + [offset] roundings to float32 (float64 for a float64 result) may lose u of w's magnitude, and a rotation
+over B log2 B + 2 more of |w|_1 / sqrt(B) of its block. An offset counts absolutely, and in float32 a zero point, too, as in
+value * scale - zero * scale; in float64 that difference is exact.
 """
 
 import torch
@@ -13,7 +13,7 @@ from ref.quantize import dequantize
 
 from .. import strategies
 from ..accumulators import ETA, U
-from ..bounds import weight_parts
+from ..bounds import sums_exactly, weight_parts
 from ..oracle import compare, equal
 from ..quantizer import block_norm
 from ..weights import draw_weight, to_device
@@ -41,12 +41,13 @@ def build(case, device, variants=None):
 
     def check(result):
         exact = dequantize(w)
-        if not fmt.hadamard and dtype != torch.float64 and torch.equal(exact.float().double(), exact):
-            if fmt.zero is None and fmt.scale_2 is None:
+        if not fmt.hadamard and dtype != torch.float64 and sums_exactly(w, exact):
+            if fmt.zero is None and fmt.scale_2 is None and fmt.offset is None:
                 equal(result, dequantize(w, dtype), "w")
             return compare(result, exact, 0.0, "w")
         unit, eta = (2.0**-53, 0.0) if dtype == torch.float64 else (U, ETA)
-        r = 1 + (fmt.zero is not None) + 2 * (fmt.scale_2 is not None) + (fmt.hadamard.bit_length() + 1 if fmt.hadamard else 0)
+        r = 1 + (fmt.zero is not None) + 2 * (fmt.scale_2 is not None) + (fmt.offset is not None)
+        r += fmt.hadamard.bit_length() + 1 if fmt.hadamard else 0
         error = r * unit / (1 - r * unit) * _magnitude(w, fmt, dtype != torch.float64) + r * eta
         return compare(result, exact, error, "w")
 
@@ -54,8 +55,9 @@ def build(case, device, variants=None):
 
 
 def _magnitude(q, fmt, apart):
-    """|value - zero| |scale scale_2|, |value| + |zero| with apart, and under a rotation its block's norm: float64 (..., n, k)."""
-    value, zero, scale = weight_parts(q)
+    """|value - zero| |scale scale_2| + |offset|, |value| + |zero| with apart, and under a rotation its block's norm: float64 (..., n, k)."""
+    value, zero, scale, offset = weight_parts(q)
     if zero is not None:
         value = value.abs() + zero.abs() if apart else value - zero
-    return block_norm(value * scale, fmt.hadamard) if fmt.hadamard else (value * scale).abs()
+    w = (value * scale).abs() if offset is None else (value * scale).abs() + offset.abs()
+    return block_norm(w, fmt.hadamard) if fmt.hadamard else w

@@ -1,8 +1,8 @@
 """linear with a quantized weight and x as it is: y = x W^T + bias.
 
 Admissible is the exact answer of any of ref's variants, give or take bounds.product_bound and u (|y| + |bias|) for a bias added in
-float32. In the exact regime that is zero. In the one-hot regime, where the weight is representable in float32, too: a single
-product of at most 22 bits loses nothing in any adder.
+float32. In the exact regime that is zero. In the one-hot regime, where float32 holds the weight and all on the way to it
+(bounds.sums_exactly), too: a single product of at most 22 bits loses nothing in any adder.
 """
 
 import torch
@@ -13,7 +13,7 @@ from ref.linear import VARIANTS, linear_operands
 
 from .. import strategies
 from ..accumulators import U
-from ..bounds import product_bound, weight_doubt
+from ..bounds import product_bound, sums_exactly, weight_doubt
 from ..case import DTYPES, LinearCase
 from ..oracle import Disagreement, compare
 from ..quantizer import block_norm, hull
@@ -138,7 +138,7 @@ class Truth:
         if self.data.exact:
             return variant == "exact" or (torch.equal(a, self.operands[0]) and torch.equal(b, self.operands[1]))
         plain = self.case.data == "one_hot" and self.x_format is None and self.data.bias is None
-        return plain and not self.data.q.format.hadamard and torch.equal(b.float().double(), b)
+        return plain and not self.data.q.format.hadamard and sums_exactly(self.data.q, b)
 
 
 def _check_special(x, y):

@@ -9,10 +9,11 @@ from ref import dequantize, quantize_input
 from ref.element import Float, Int, max_value, value_list
 from ref.format import parse_format
 from ref.qtensor import QTensor
+from ref.quantize import stored_values
 from ref.scale import untile
 
 from .. import accumulators
-from ..bounds import budget, weight_parts
+from ..bounds import budget
 from ..case import DTYPES
 from ..regimes import below, draw_x, hashed, view_of
 from ..weights import draw_weight, exact_codes
@@ -60,8 +61,7 @@ def draw(case):
 
 def _row(q):
     """The first row of the weight, float64 (k,), still rotated."""
-    value, zero, scale = weight_parts(q)
-    return ((value if zero is None else value - zero) * scale)[0]
+    return stored_values(q)[0]
 
 
 def exact_possible(fmt, x_format):

@@ -36,14 +36,14 @@ def _formats(request):
     for name, one in (("weights", fmt), ("activations", x_format)):
         if one.group not in ((1, 0), (0, 0)) or one.scale_2 is not None:
             return f"its {name} have one scale for each row or for all, and no second one"
-        if one.hadamard:
-            return "it rotates neither x nor the weight"
+    if x_format.hadamard:
+        return "it does not rotate x"
+    if fmt.offset is not None:
+        return "it adds nothing to a weight after scaling"
     if x_format.scale != "fp32":
         return "the scales of x are float32"
     if 0 in request.shape:
         return "its products are not empty"
-    if request.group_index:
-        return "the weight has a group index"
     return None
 
 

@@ -20,8 +20,11 @@ NAMES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "f
 LEAST_PRODUCT = 2.0**-18
 
 
-def build(q, request):
-    """(LayerConfig, tensors) for one weight.
+def build(q, request, bias=None):
+    """(LayerConfig, tensors) for one weight (n, k), or for a stack of expert weights (e, n, k).
+
+    Args:
+        bias: None, or (e, n): what comes with one more column of x, full of ones, at bias_column.
 
     Raises:
         NotImplementedError: values that Humming would change.
@@ -29,22 +32,30 @@ def build(q, request):
     from humming.config import LayerConfig
     from humming.transform import transform_humming_tensors
 
-    fmt, (n, k) = q.format, q.shape
+    fmt, (*experts, n, k) = q.format, q.shape
     element, x_format, blocks = fmt.element, request.x_format, in_blocks(request)
     g = group_size(fmt, x_format)
-    rows, columns = padded(q.shape)
+    used = k if bias is None else bias_column(k, g) + 1
+    rows, columns = padded((n, used))
     _check_codes(q)
     kept = torch.float32 if blocks else scale_dtype(request)
     scale, tensor_scale = _scales(q, kept)
     _check_scales(scale, request)
     zero = _zero(q, g)
+    words = columns * element.bits // 32
+    weight = pad(q.packed, (0, words - q.packed.shape[-1], 0, rows - n)).contiguous()
+    scale = _blocks(scale, rows, columns) if blocks else _grid(scale, fmt, n, k, g)
+    if bias is not None:
+        scale, zero = (t if t is None else pad(t, (0, columns // g - t.shape[-1])) for t in (scale, zero))
+        _add_bias(weight, scale, bias, request, used - 1, g)
     major, minor = torch.cuda.get_device_capability(request.device)
     config = LayerConfig(
         sm_version=10 * major + minor,
         shape_n=rows,
         shape_k=columns,
         pad_shape_n=rows - _even(n, 8),
-        pad_shape_k=columns - _even(k, 8 if x_format is None else 16),
+        pad_shape_k=columns - _even(used, 8 if x_format is None else 16),
+        num_experts=experts[0] if experts else 0,
         a_dtype=NAMES[request.x_dtype] if x_format is None else _dtype(x_format.element).removeprefix("u"),
         b_dtype=_dtype(element),
         c_dtype=NAMES[request.x_dtype],
@@ -58,11 +69,7 @@ def build(q, request):
         use_fused_e8m0_scale=False,
         **_input_options(x_format),
     )
-    words = columns * element.bits // 32
-    tensors = {
-        "weight": pad(q.packed, (0, words - q.packed.shape[1], 0, rows - n)).contiguous(),
-        "weight_scale": _blocks(scale, rows, columns) if blocks else _grid(scale, fmt, n, k, g),
-    }
+    tensors = {"weight": weight, "weight_scale": scale}
     if not blocks:
         tensors["weight_scale_2"] = tensor_scale
     if zero is not None:
@@ -73,6 +80,25 @@ def build(q, request):
 def padded(shape):
     """Rows and columns as the kernel multiplies them."""
     return tuple(-(-size // TILE) * TILE for size in shape)
+
+
+def bias_column(k, g):
+    """Which column of x is full of ones where a bias is built in: the first of a group of its own."""
+    return -(-k // g) * g
+
+
+def _add_bias(weight, scale, bias, request, column, g):
+    """One code of value 1 in each row, in a group whose scale is the bias: the product adds it before it is rounded."""
+    element = request.format.element
+    kept = bias.to(scale.dtype)
+    if not torch.equal(kept.double(), bias.double()):
+        raise NotImplementedError(f"the bias ({bias.dtype}) is not representable in {scale.dtype}, in which Humming would keep it")
+    _check_scales(kept, request)
+    table = values(element)
+    code = int((table.abs() == 1).nonzero()[-1 if isinstance(element, Int) else 0])
+    scale[..., : bias.shape[-1], column // g] = kept * float(table[code])
+    word, shift = divmod(column * element.bits, 32)
+    weight[..., : bias.shape[-1], word] |= (code << shift) - (2**32 if code << shift >= 2**31 else 0)
 
 
 def _dtype(element):
@@ -96,8 +122,9 @@ def _check_codes(q):
     element = q.format.element
     if isinstance(element, Int) or element.specials == "finite":
         return
-    codes = q.packed.contiguous().view(torch.uint8)[:, : q.shape[1]]
-    if not bool(values(element, q.packed.device).isfinite()[codes.long()].all()):
+    codes = q.packed.contiguous().view(torch.uint8)[..., : q.shape[-1]]
+    special = (~values(element).isfinite()).nonzero()[:, 0].tolist()
+    if any(bool((codes == code).any()) for code in special):
         raise NotImplementedError(f"the weight holds inf or NaN codes of {element}, which Humming reads as numbers")
 
 
@@ -106,11 +133,13 @@ def _scales(q, dtype):
     fmt = q.format
     exact = decoded_scale(q.scale, fmt.scale)
     if fmt.group == (0, 0):
-        return torch.ones(1, 1, dtype=dtype, device=q.scale.device), exact.reshape(1).float()
+        return torch.ones_like(exact, dtype=dtype), exact.flatten().float()
     scale = exact.to(dtype)
     if not torch.equal(scale.double(), exact):
         raise NotImplementedError(f"some scales of {fmt} are not representable in {dtype}, in which Humming keeps them")
-    return scale, torch.ones(1, device=q.scale.device) if q.scale_2 is None else q.scale_2.reshape(1).float().contiguous()
+    if q.scale_2 is not None:
+        return scale, q.scale_2.flatten().float().contiguous()
+    return scale, torch.ones(q.shape[0] if len(q.shape) == 3 else 1, device=q.scale.device)
 
 
 def _check_scales(scale, request):
@@ -130,18 +159,18 @@ def _check_scales(scale, request):
 
 
 def _grid(t, fmt, n, k, g):
-    """Values by the format's groups as values by row and kernel group, zero where the weight is padded: (N, K / g)."""
+    """Values by the format's groups as values by row and kernel group, zero where the weight is padded: (..., N, K / g)."""
     gn, gk = fmt.group
     rows, columns = padded((n, k))
     row = torch.arange(n, device=t.device) // gn if gn else torch.zeros(n, dtype=torch.long, device=t.device)
     start = torch.arange(-(-k // g), device=t.device) * g
     column = start // gk if gk else torch.zeros_like(start)
-    return pad(t[row][:, column], (0, columns // g - column.numel(), 0, rows - n)).contiguous()
+    return pad(t[..., row, :][..., column], (0, columns // g - column.numel(), 0, rows - n)).contiguous()
 
 
 def _blocks(scale, rows, columns):
-    """One scale for each block of the padded weight: (N / 128, K / 128)."""
-    return pad(scale, (0, columns // TILE - scale.shape[1], 0, rows // TILE - scale.shape[0])).contiguous()
+    """One scale for each block of the padded weight: (..., N / 128, K / 128)."""
+    return pad(scale, (0, columns // TILE - scale.shape[-1], 0, rows // TILE - scale.shape[-2])).contiguous()
 
 
 def _zero(q, g):
@@ -150,10 +179,10 @@ def _zero(q, g):
     if not isinstance(element, Int) or element.signed:
         return None
     zero = torch.zeros_like(q.scale, dtype=torch.uint8) if q.zero is None else q.zero
-    return _grid(zero, q.format, *q.shape, g)
+    return _grid(zero, q.format, *q.shape[-2:], g)
 
 
 def _packed_along_n(zero, bits):
     from humming.ops import pack_weight
 
-    return pack_weight(zero.T.to(torch.int32).contiguous(), bits).T.contiguous()
+    return pack_weight(zero.transpose(-1, -2).to(torch.int32).contiguous(), bits).transpose(-1, -2).contiguous()

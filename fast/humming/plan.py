@@ -41,7 +41,7 @@ def prepare(q, request):
         tensor_scale=tensors.get("weight_scale_2"),
         zero=tensors.get("zero_point"),
         locks=locks,
-        quantizer=_quantizer(request.x_format),
+        quantizer=quantizer_for(request.x_format),
         grouped=bool(request.x_format and request.x_format.group[1]),
         n=config.shape_n - config.pad_shape_n,
         k=config.shape_k - config.pad_shape_k,
@@ -59,7 +59,7 @@ def _tuning(config, request):
     return "{}", json.dumps(tiles.intervals(table, (config.shape_n, config.shape_k), sms))
 
 
-def _quantizer(x_format):
+def quantizer_for(x_format):
     if x_format is None:
         return None
     from fast.triton.quantize_input import InputQuantizer
@@ -87,7 +87,7 @@ class Plan:
         """out[m, n] = x w^T, rounded once; then the bias, where the call need not be deterministic."""
         device = self.weight.device
         with contextlib.nullcontext() if device.index == torch.cuda.current_device() else torch.cuda.device(device):
-            a, a_scale = self._input(x, x_scale)
+            a, a_scale = kernel_input(x, x_scale, self.quantizer, self.grouped, self.k)
             y = out
             if out.shape[1] != self.n or out.data_ptr() % 16:
                 y = out.new_empty(out.shape[0], self.n)
@@ -101,15 +101,16 @@ class Plan:
             if bias is not None:
                 out.add_(bias)
 
-    def _input(self, x, x_scale):
-        """x as the kernel reads it, (m, k) with whole 16-byte rows and zeros past its end, and the scales of its rows or groups."""
-        if self.quantizer is not None:
-            codes, groups, scale = self.quantizer(x, x_scale)
-            if x.shape[1] != self.k:
-                codes.view(torch.uint8)[:, x.shape[1] :] = 0
-            return codes, groups if self.grouped else scale
-        if x.shape[1] != self.k:
-            return pad(x, (0, self.k - x.shape[1])), None
-        if not x.is_contiguous() or x.data_ptr() % 16:
-            return x.clone(memory_format=torch.contiguous_format), None
-        return x, None
+
+def kernel_input(x, x_scale, quantizer, grouped, k):
+    """x as the kernel reads it, (m, k) with whole 16-byte rows and zeros past its end, and the scales of its rows or groups."""
+    if quantizer is not None:
+        codes, groups, scale = quantizer(x, x_scale)
+        if x.shape[1] != k:
+            codes.view(torch.uint8)[:, x.shape[1] :] = 0
+        return codes, groups if grouped else scale
+    if x.shape[1] != k:
+        return pad(x, (0, k - x.shape[1])), None
+    if not x.is_contiguous() or x.data_ptr() % 16:
+        return x.clone(memory_format=torch.contiguous_format), None
+    return x, None

@@ -41,9 +41,7 @@ def _call(request):
         return "Humming adds the bias after the result has been rounded"
     if 0 in request.shape:
         return "its tiles are not empty"
-    if request.group_index:
-        return "its groups are consecutive columns, and the weight has a group index"
-    if request.format.hadamard or (request.x_format and request.x_format.hadamard):
+    if request.x_format and request.x_format.hadamard:
         return "its kernel does not rotate x"
     return None
 
@@ -69,7 +67,7 @@ def _input(request):
 def _element(request):
     element, x_format = request.format.element, request.x_format
     if isinstance(element, Codebook):
-        return f"it has no look-up table for {element}"
+        return "it has no look-up tables"
     if isinstance(element, Int):
         if request.format.zero not in (None, "int"):
             return "it subtracts a float zero point in x's dtype and rounds"
@@ -102,6 +100,10 @@ def _float_for(x_element, element):
 
 def _scales(request):
     fmt, kept = request.format, SIGNIFICANT_BITS[request.x_dtype]
+    if fmt.offset is not None:
+        return "it adds nothing to a weight after scaling"
+    if (fmt.scale_2 or "").endswith("divisor"):
+        return "it multiplies by second scales, and one over a divisor would be rounded"
     if fmt.scale_2 == "channel":
         return "it multiplies by a channel's second scale after the result has been rounded"
     if fmt.group == (0, 0):

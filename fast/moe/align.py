@@ -52,7 +52,7 @@ def batched_moe_align_block_size(max_tokens, block_size, counts, *, impl=None):
     """ref.batched_moe_align_block_size; a count beyond max_tokens counts as max_tokens. A few small kernels of torch's on every device."""
     if block_size < 1:
         raise ValueError(f"batched_moe_align_block_size: got block_size={block_size}, expected at least 1")
-    choose("batched_moe_align_block_size", impl, counts.device, legal=("torch",)) if impl is not None else None
+    choose("batched_moe_align_block_size", impl, counts.device, has=("torch",))
     check_integers("batched_moe_align_block_size", counts=counts)
     check_ids("batched_moe_align_block_size: counts", counts, max_tokens + 1)
     experts, blocks = counts.numel(), -(-max_tokens // block_size)

@@ -3,18 +3,26 @@
 import importlib.util
 import os
 
+from ..dispatch import IMPLEMENTATIONS
 
-def choose(operation, impl, device, legal=("triton", "torch")):
+
+def choose(operation, impl, device, has=("triton", "torch")):
     """The implementation's name: as asked for, or Triton on a GPU and torch elsewhere.
+
+    Args:
+        has: the implementations of this operation.
 
     Raises:
         ValueError: there is no such implementation.
-        NotImplementedError: it cannot run here.
+        NotImplementedError: this operation has none of that name, or it cannot run here.
     """
     if impl is None:
-        return "triton" if device.type == "cuda" and importlib.util.find_spec("triton") is not None else "torch"
-    if impl not in legal:
-        raise ValueError(f"{operation}: unknown impl {impl!r}, expected one of {', '.join(legal)}")
+        fits = "triton" in has and device.type == "cuda" and importlib.util.find_spec("triton") is not None
+        return "triton" if fits else "torch"
+    if impl not in IMPLEMENTATIONS:
+        raise ValueError(f"{operation}: unknown impl {impl!r}, expected one of {', '.join(has)}")
+    if impl not in has:
+        raise NotImplementedError(f"{operation}: there is no impl {impl!r} of it; impl {has[0]!r} can")
     reason = why_not(impl, device)
     if reason is not None:
         raise NotImplementedError(f"{operation}: impl {impl!r} cannot run on {device}: {reason}; impl 'torch' can")

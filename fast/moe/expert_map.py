@@ -17,7 +17,7 @@ def expert_map(num_experts, ranks, rank, placement="linear", device=None):
     else:
         start = rank * (num_experts // ranks) + min(rank, num_experts % ranks)
         mine = local[start : start + num_experts // ranks + (rank < num_experts % ranks)]
-    mine.copy_(torch.arange(mine.numel(), device=device))
+    mine.copy_(torch.arange(mine.numel(), dtype=torch.int32, device=device))
     return local
 
 

@@ -25,11 +25,13 @@ def moe_fused_mul_sum(inputs, topk_weights, topk_ids=None, expert_map=None, *, i
     """
     check_mul_sum(inputs, topk_weights, topk_ids, expert_map)
     check_integers("moe_fused_mul_sum", topk_ids=topk_ids, expert_map=expert_map)
+    if expert_map is not None and expert_map.dim() != 1:
+        raise ValueError(f"moe_fused_mul_sum: expert_map has shape {tuple(expert_map.shape)}, expected (experts,)")
     chosen = choose("moe_fused_mul_sum", impl, inputs.device)
     if expert_map is not None:
         check_ids("moe_fused_mul_sum", topk_ids, expert_map.shape[0])
     m, _, k = inputs.shape
-    y = _result(inputs, m, k, out)
+    y = _result("moe_fused_mul_sum", inputs, m, k, out)
     if chosen == "triton":
         from fast.triton import moe_sum
 
@@ -39,7 +41,7 @@ def moe_fused_mul_sum(inputs, topk_weights, topk_ids=None, expert_map=None, *, i
         return y
     here = None
     if topk_ids is not None:
-        here = local_ids(topk_ids, 2**31 if expert_map is None else expert_map.shape[0], expert_map) >= 0
+        here = topk_ids >= 0 if expert_map is None else local_ids(topk_ids, expert_map.shape[0], expert_map) >= 0
     total = torch.zeros(m, k, dtype=torch.float32, device=inputs.device)
     for slot in range(inputs.shape[1]):
         part = topk_weights[:, slot, None].float() * inputs[:, slot].float()
@@ -51,11 +53,10 @@ def _floats(weights):
     return (weights.float() if weights.dtype == torch.float64 else weights).contiguous()
 
 
-def _result(like, m, k, out):
+def _result(operation, like, m, k, out):
     if out is None:
         return like.new_empty(m, k)
     if tuple(out.shape) != (m, k) or out.dtype != like.dtype or out.device != like.device or not out.is_contiguous():
-        raise ValueError(
-            f"out is {tuple(out.shape)} {out.dtype} on {out.device}, expected {(m, k)} {like.dtype} on {like.device}, contiguous"
-        )
+        got = f"shape {tuple(out.shape)} and dtype {out.dtype}, on {out.device}{'' if out.is_contiguous() else ', not contiguous'}"
+        raise ValueError(f"{operation}: out has {got}, expected {(m, k)} and {like.dtype}, on {like.device}, contiguous")
     return out

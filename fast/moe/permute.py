@@ -11,7 +11,7 @@ def moe_permute(x, topk_ids, num_experts, expert_map=None, *, num_local_experts=
     """ref.moe_permute at speed; rows behind the end of the last expert are zeros here too.
 
     Args:
-        num_local_experts: how many experts the map keeps here. Without it a GPU has to be waited for.
+        num_local_experts: how many experts the map keeps here: without it a GPU has to be waited for. Local indices beyond count as -1.
         impl: None for the fastest, or "triton" or "torch".
         The rest, and the result: as ref.moe_permute.
     """
@@ -19,7 +19,7 @@ def moe_permute(x, topk_ids, num_experts, expert_map=None, *, num_local_experts=
     if offset_dtype not in (torch.int32, torch.int64) or align < 1:
         raise ValueError(f"moe_permute: got offset_dtype={offset_dtype}, align={align}, expected torch.int32 or int64, and at least 1")
     chosen = choose("moe_permute", impl, x.device)
-    experts = _local_experts(num_experts, expert_map, num_local_experts)
+    experts = _local_experts("moe_permute", num_experts, expert_map, num_local_experts)
     n, t = topk_ids.numel(), topk_ids.shape[1]
     r = n + (align - 1) * experts
     if chosen == "triton":
@@ -41,6 +41,7 @@ def moe_permute(x, topk_ids, num_experts, expert_map=None, *, num_local_experts=
         moe_sort.copy_rows(x if x.stride(1) == 1 else x.contiguous(), order, n, t, rows)
         return rows, offsets, inverse, order
     local = local_ids(topk_ids, num_experts, expert_map).flatten()
+    local = torch.where(local < experts, local, -1)
     offsets, place = _places(local, experts, align)
     order = torch.full((r + 1,), n, dtype=torch.int32, device=x.device)
     order[torch.where(local < 0, r, place)] = torch.arange(n, dtype=torch.int32, device=x.device)
@@ -65,7 +66,7 @@ def moe_unpermute(rows, topk_weights, inv_permuted_idx, *, impl=None, out=None):
     chosen = choose("moe_unpermute", impl, rows.device)
     check_ids("moe_unpermute", inv_permuted_idx, rows.shape[0])
     m, t = topk_weights.shape
-    y = _result(rows, m, rows.shape[1], out)
+    y = _result("moe_unpermute", rows, m, rows.shape[1], out)
     if chosen == "triton":
         from fast.triton import moe_sum
 
@@ -86,7 +87,7 @@ def moe_scatter_masked(x, topk_ids, num_experts, max_tokens, expert_map=None, *,
     """ref.moe_scatter_masked at speed. Rows beyond max_tokens of an expert are refused with FAST_DEBUG=1, and else left out."""
     _check("moe_scatter_masked", x, topk_ids, num_experts, expert_map)
     chosen = choose("moe_scatter_masked", impl, x.device)
-    experts = _local_experts(num_experts, expert_map, num_local_experts)
+    experts = _local_experts("moe_scatter_masked", num_experts, expert_map, num_local_experts)
     rows, offsets, inverse, _ = moe_permute(x, topk_ids, num_experts, expert_map, num_local_experts=experts, impl=chosen)
     counts = offsets.diff()
     check_ids("moe_scatter_masked: rows of an expert", counts, max_tokens + 1)
@@ -94,6 +95,7 @@ def moe_scatter_masked(x, topk_ids, num_experts, max_tokens, expert_map=None, *,
     source = torch.where(plane < counts[:, None], offsets[:-1, None] + plane, rows.shape[0])
     padded = torch.cat((rows, rows.new_zeros(1, rows.shape[1])))
     local = local_ids(topk_ids, num_experts, expert_map)
+    local = torch.where(local < experts, local, -1)
     within = inverse - offsets[local.clamp(min=0)] if experts else inverse
     held = (local >= 0) & (within < max_tokens)
     moved = torch.where(held, local * max_tokens + within, -1).to(torch.int32)
@@ -109,7 +111,9 @@ def _places(local, experts, align):
     return offsets, offsets[local.clamp(min=0)] + rank
 
 
-def _local_experts(num_experts, expert_map, num_local_experts):
+def _local_experts(operation, num_experts, expert_map, num_local_experts):
+    if expert_map is None and num_local_experts not in (None, num_experts):
+        raise ValueError(f"{operation}: got num_local_experts={num_local_experts} without expert_map, and there are {num_experts} experts")
     if num_local_experts is not None:
         return num_local_experts
     return num_experts if expert_map is None else int((expert_map >= 0).sum())

@@ -90,11 +90,13 @@ def _topk(
             tokens=None if tokens is None else tokens.contiguous(),
         )  # fmt: skip
         return ids, weights
-    v = logits.float()
+    # float64 first: in float32 the vector and the scalar loops of torch's CPU kernels differ in last bits, and equals would not be equal.
+    v = logits.double()
     if scoring == "softmax":
         score = v.softmax(1)
     else:
         score = v.sigmoid() if scoring == "sigmoid" else (v.clamp(min=0) + torch.log1p(torch.exp(-v.abs()))).sqrt()
+    score = score.float()
     if table is None:
         ids = _best(v if scoring == "softmax" and bias is None else score, bias, groups, kept, top_k)
         weights = score.gather(1, ids)
@@ -105,6 +107,8 @@ def _topk(
         weights = torch.where(ids < 0, 0.0, score.gather(1, ids.clamp(min=0)))
     if epsilon is not None:
         weights = weights / (weights.sum(1, keepdim=True) + epsilon)
+        # With a table all slots of a row may be without an expert: 0 / 0 is 0 there.
+        weights = weights if table is None else torch.where(ids < 0, 0.0, weights)
     weights = torch.cat((weights * factor, weights.new_full((m, shared), shared_weight)), 1)
     ids = torch.cat((ids, torch.arange(e, e + shared, device=ids.device).expand(m, -1)), 1).to(torch.int32)
     if num_valid is not None:

@@ -18,26 +18,31 @@ X_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 def why_not(request):
     """Why no Triton kernel can do what is requested, as a sentence; None if one can. Launches and imports nothing heavy."""
-    fmt, device = request.format, request.device
+    reason = why_not_anywhere(request)
+    if reason is None and request.x_format is not None:
+        reason = _why_not_input(request)
+    # The general kernel takes what the special ones take, too.
+    return reason or importlib.import_module(KERNELS[-1]).why_not(request)
+
+
+def why_not_anywhere(request):
+    """Why Triton cannot run on a device, or with such x, as a sentence; None if it can."""
+    device = request.device
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
     if device.type not in ("cpu", "cuda"):
         return f"Triton kernels run on CUDA and ROCm devices, and in the interpreter on the CPU, not on {device.type}"
     if request.x_dtype not in X_DTYPES:
         return f"x is {request.x_dtype}, expected float16, bfloat16 or float32"
-    if request.group_index:
-        return "a weight with a group index needs a gather of scales that no Triton kernel here does"
     if device.type == "cuda" and request.x_dtype == torch.bfloat16 and torch.cuda.get_device_capability(device) < (8, 0):
         return "bfloat16 products need compute capability 8.0: use float16"
-    if request.x_format is not None:
-        return _why_not_input(request, fmt)
     return None
 
 
-def _why_not_input(request, fmt):
+def _why_not_input(request):
     x_format = request.x_format
     element = x_format.element
-    if fmt.hadamard or x_format.hadamard:
+    if x_format.hadamard:
         return "quantized activations and a rotation do not go together here"
     if isinstance(element, Codebook) or not element.signed or (isinstance(element, Int) and element.bits < 2):
         return f"activations are quantized to signed integers of 2 bits or more and to signed floats, not to {element}"

@@ -76,7 +76,7 @@ def decode(
     code,
     table,
     DECODE: tl.constexpr,
-    OFFSET: tl.constexpr,
+    MIDDLE: tl.constexpr,
     EXPONENT: tl.constexpr,
     MANTISSA: tl.constexpr,
     SIGNED: tl.constexpr,
@@ -85,11 +85,11 @@ def decode(
 ):
     """The value of each code (int32), exactly, as float32.
 
-    DECODE "int": code - OFFSET. "float": sign, exponent and mantissa moved to where float32 has them; times UNBIAS = 2^(127 - bias), which
+    DECODE "int": code - MIDDLE. "float": sign, exponent and mantissa moved to where float32 has them; times UNBIAS = 2^(127 - bias), which
     puts the exponent right, for subnormals too. "table": table[code].
     """
     if DECODE == "int":
-        return (code - OFFSET).to(tl.float32)
+        return (code - MIDDLE).to(tl.float32)
     elif DECODE == "float":
         magnitude = code & ((1 << (EXPONENT + MANTISSA)) - 1)
         v = (magnitude << (23 - MANTISSA)).to(tl.float32, bitcast=True) * UNBIAS

@@ -1,4 +1,4 @@
-"""Integer weights of 2, 4 or 8 bits in the order of the tensor core's fragments.
+"""Integer weights of 2, 4 or 8 bits, and floats of 4 and 8, in the order of the tensor core's fragments.
 
 A multiply of 16 rows by 16 columns wants of lane 4 l + c of a warp the columns 2 c + e + 8 h of rows l and l + 8 (e, h = 0, 1). The weight is
 therefore stored in tiles of 16 rows by `columns(bits)` columns, 1024 bytes each, in which a lane's codes lie together:
@@ -8,6 +8,7 @@ therefore stored in tiles of 16 rows by `columns(bits)` columns, 1024 bytes each
 
 A lane's 16 bytes are one load and, field by field, the operands of the multiplies: neither shuffles nor shared memory between. Two halves (e)
 make one word, and a field of both, ORed into the mantissa of a power of two, is a pair of floats: one instruction, one more to take the power off.
+A float's field is moved to where the products' type has sign, exponent and mantissa; a multiplication by a power of two puts the exponent right.
 """
 
 import functools
@@ -26,6 +27,10 @@ DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 # The power of two whose last mantissa bit is worth 1, as a pair and as a number.
 _MAGIC = {"bf16": (0x43004300, 128.0), "fp16": (0x64006400, 1024.0)}
+
+
+# Bits of the mantissa, and the exponent's bias.
+_PARTS = {"bf16": (7, 127), "fp16": (10, 15)}
 
 
 def columns(bits):
@@ -87,6 +92,40 @@ def offset(zero, bits, x_dtype):
     return (-(zero.float() + power)).to(x_dtype)
 
 
+def lift(exponent, x_dtype):
+    """The exponent of the power of two that a float with so many exponent bits comes without, where it is moved only."""
+    return _PARTS[DTYPES[x_dtype]][1] - (2 ** (exponent - 1) - 1)
+
+
+def exponents(scale, n, groups, element, x_dtype):
+    """Scales in e8m0, codes (..., n, at most groups), as the kernels read them for float weights: exponent fields of x_dtype, with `lift` in them.
+
+    Returns:
+        uint8 (..., groups, padded_rows(n)), and the power of two that results are to be multiplied by. None where fields would overflow, or
+        products with the smallest of the values would not be exact; it reads the scales.
+    """
+    bias = _PARTS[DTYPES[x_dtype]][1]
+    shift = bias - 127 + lift(element.exponent, x_dtype)
+    low, high = int(scale.min()), int(scale.max())
+    down = max(0, high + shift - 2 * bias)
+    # The smallest value is 2 to this; 2^(1 - bias) is the least normal number.
+    smallest = 2 - 2 ** (element.exponent - 1) - element.mantissa
+    if high == 255 or low + shift - down < 1 or low - 127 - down + smallest < 1 - bias:
+        return None
+    held = torch.zeros(*scale.shape[:-2], groups, padded_rows(n), dtype=torch.uint8, device=scale.device)
+    held[..., : scale.shape[-1], :n] = (scale.int() + (shift - down)).mT.to(torch.uint8)
+    return held, 2.0**down
+
+
+@device_function
+def pair(v, DTYPE: tl.constexpr):
+    """A scale as a pair; exponent fields (uint8) become powers of two."""
+    if v.dtype == tl.uint8:
+        return (v.to(tl.int32) << (7 if DTYPE == "bf16" else 10)) * 65537
+    else:
+        return v
+
+
 @device_function
 def number(v, DTYPE: tl.constexpr):
     """A scale or an offset, as `by_columns` stores them, as float32."""
@@ -99,7 +138,24 @@ def number(v, DTYPE: tl.constexpr):
         return v
 
 
-def _assembly(bits, dtype, how, zero):
+def _move(bits, dtype, exponent, i, word):
+    """PTX lines that leave field i of a word (two halves), a float, in $i, short of its `lift`."""
+    mantissa = _PARTS[dtype][0]
+    own = bits - 1 - exponent
+    magnitude = f"0x{(((1 << (bits - 1)) - 1) << (mantissa - own)) * 0x10001:08X}"
+
+    def shifted(name, left):
+        return f"shl.b32 {name}, {word}, {left};" if left >= 0 else f"shr.u32 {name}, {word}, {-left};"
+
+    return [
+        shifted("t", mantissa - own - bits * i),
+        f"and.b32 t, t, {magnitude};",
+        shifted("s", 16 - bits - bits * i),
+        f"lop3.b32 ${i}, s, 0x80008000, t, 0xEA;",
+    ]
+
+
+def _assembly(bits, dtype, how, zero, exponent):
     """PTX for a word (two halves of a row): the pairs of its fields, one output each, from the word and, twice, zero point and scale."""
     fields = 16 // bits
     magic, power = _MAGIC[dtype]
@@ -110,22 +166,36 @@ def _assembly(bits, dtype, how, zero):
         raw = torch.tensor(value, dtype=torch.float32).to(half).view(torch.int16).item() & 0xFFFF
         return f"0x{raw << 16 | raw:08X}"
 
-    word, offset, scale = f"${fields}", f"${fields + 1}", f"${fields + 1 + 2 * zero}"
+    word, offset, scale = f"${fields}", "z", "c"
+    scales = fields + 1 + 2 * zero
     mask = f"0x{((1 << bits) - 1) * 0x10001:08X}"
     lines = [
-        ".reg .b32 t, s, one, off, nought;",
+        ".reg .b32 t, s, one, off, nought, z, c;",
         ".reg .b16 a, b;",
         ".reg .f32 f, g;",
         f"mov.b32 one, {pair(1.0)};",
         f"mov.b32 nought, {pair(-0.0)};",
     ]
+    # The compiler decides whose halves share a word: of each its own zero point and its own scale.
+    lines += [f"prmt.b32 z, ${fields + 1}, ${fields + 2}, 0x7610;"] * zero
+    lines += [f"prmt.b32 c, ${scales}, ${scales + 1}, 0x7610;"] * (how == "weight")
     signed_byte = bits == 8 and dtype == "bf16"
     if signed_byte:
         lines.append(f"mov.b32 off, {pair(-1.0)};")
     elif not zero:
         lines.append(f"mov.b32 off, {pair(-power - 2 ** (bits - 1))};")
+    if exponent:
+        up = lift(exponent, half)
+        lines.append(f"mov.b32 off, {pair(2.0**up)};")
     for i in range(fields):
         source = word
+        if exponent:
+            lines += _move(bits, dtype, exponent, i, word)
+            if how == "sums" and up:
+                lines.append(f"fma.rn.{kind} ${i}, ${i}, off, nought;")
+            elif how == "weight":
+                lines.append(f"fma.rn.{kind} ${i}, ${i}, {scale}, nought;")
+            continue
         if i:
             lines.append(f"shr.u32 t, {word}, {bits * i};")
             source = "t"
@@ -147,7 +217,7 @@ def _assembly(bits, dtype, how, zero):
                 lines.append(f"shl.b32 t, ${i}, 16; mov.b32 f, t; and.b32 t, ${i}, 0xFFFF0000; mov.b32 g, t;")
             else:
                 lines.append(f"mov.b32 {{a, b}}, ${i}; cvt.f32.f16 f, a; cvt.f32.f16 g, b;")
-            lines.append(f"mul.rn.f32 f, f, {scale}; mul.rn.f32 g, g, {scale}; cvt.rn.{kind}.f32 ${i}, g, f;")
+            lines.append(f"mul.rn.f32 f, f, ${scales}; mul.rn.f32 g, g, ${scales + 1}; cvt.rn.{kind}.f32 ${i}, g, f;")
     return "{ " + " ".join(lines) + " }"
 
 
@@ -157,22 +227,34 @@ def _constraints(bits, how, zero):
 
 
 @functools.cache
-def assembly(bits, x_dtype, how, zero):
-    """The constexprs ASSEMBLY and CONSTRAINTS of `fields`."""
-    return _assembly(bits, DTYPES[x_dtype], how, int(zero)), _constraints(bits, how, int(zero))
+def assembly(bits, x_dtype, how, zero, exponent=0):
+    """The constexprs ASSEMBLY and CONSTRAINTS of `fields`. exponent: bits of the exponent, 0 for integers; scales of floats are `exponents`."""
+    return _assembly(bits, DTYPES[x_dtype], how, int(zero), exponent), _constraints(bits, how, int(zero))
 
 
 @device_function
 def fields(p, zero, scale, BITS: tl.constexpr, HOW: tl.constexpr, ASSEMBLY: tl.constexpr, CONSTRAINTS: tl.constexpr, DTYPE: tl.constexpr,
-           INTERPRET: tl.constexpr):  # fmt: skip
+           INTERPRET: tl.constexpr, EXPONENT: tl.constexpr = 0):  # fmt: skip
     """The numbers in halves p (int16): a new last axis of 16 / BITS fields, of the products' type (float32 in the interpreter).
 
     HOW "sums": code - zero point. "weight", "weight32": times the scale (pairs, or float32), rounded to the products' type.
     zero: pairs, the `offset` of zero points, or None: codes are in offset binary. scale: None for "sums". Both have p's shape.
+    EXPONENT: bits of a float's exponent; 0 for integers.
     """
     if INTERPRET:
         place = tl.arange(0, 16 // BITS)
-        v = ((tl.expand_dims(p.to(tl.int32), -1) >> (place * BITS)) & ((1 << BITS) - 1)).to(tl.float32)
+        code = (tl.expand_dims(p.to(tl.int32), -1) >> (place * BITS)) & ((1 << BITS) - 1)
+        if EXPONENT > 0:
+            # Moved to float32's places, with the exponent of the products' type: short of its `lift`.
+            v = ((code & ((1 << (BITS - 1)) - 1)) << (24 - BITS + EXPONENT)).to(tl.float32, bitcast=True)
+            if DTYPE == "fp16":
+                v *= 2.0**112
+            v = tl.where(code >> (BITS - 1) == 0, v, -v)
+            if HOW == "sums":
+                return v * 2.0 ** ((127 if DTYPE == "bf16" else 15) + 1 - (1 << (EXPONENT - 1)))
+            else:
+                return v * tl.expand_dims(number(scale, DTYPE), -1)
+        v = code.to(tl.float32)
         if zero is None:
             v -= 1 << (BITS - 1)
         else:

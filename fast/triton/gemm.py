@@ -41,7 +41,8 @@ class Tile:
 
 @dataclass(frozen=True)
 class Way:
-    """A tile, the blocks along k, the steps of each, the numbers they leave behind, the constexprs without and with a bias, the options."""
+    """A tile, the blocks along k, the steps of each, the numbers that those of one block of rows leave behind, the constexprs without and
+    with a bias, the options."""
 
     tile: Tile
     split: int
@@ -54,49 +55,69 @@ class Way:
 class GemmPlan:
     """One prepared weight: run(x, bias, x_scale, out) computes out = x W^T + bias.
 
-    variant: "exact" or "input_rotated", a name of ref.VARIANTS. accumulator: how sums are kept, in words.
+    accumulator: how sums are kept, in words.
     Where k is split, blocks count their arrivals; each stream and each captured launch has counters of its own.
     """
 
     def __init__(self, q, request):
-        from .gemm_kernel import gemm_kernel
-        from .jit import Counters, Launcher, interprets, multiple_of_16, stride_kind
-        from .quantize_input import InputQuantizer
-        from .rotate import Rotation
+        self._set_up(request)
+        self.numerics = choose(q, request.x_dtype, request.x_format, self.capability, self.fp8)
+        self.step = step_columns(q, self.numerics, request.x_format)
+        self._take_weight(q, request)
+        self._finish(request)
 
-        self.device = device = q.packed.device
-        self.interpret = interprets(device)
-        self.n, self.k = q.shape
+    def _set_up(self, request):
+        from .gemm_kernel import gemm_kernel
+        from .jit import Launcher, interprets, multiple_of_16, stride_kind
+
+        self.device = request.device
+        self.interpret = interprets(request.device)
+        self.n, self.k = request.shape[-2:]
         self.multiple_of_16, self.stride_kind = multiple_of_16, stride_kind
-        capability, self.multiprocessors, fp8 = _device(device)
-        self.numerics = numerics = choose(q, request.x_dtype, request.x_format, capability, fp8)
-        self.step = step_columns(q, numerics, request.x_format)
-        self.variant = "input_rotated" if q.format.hadamard else "exact"
+        self.capability, self.multiprocessors, self.fp8 = _device(request.device)
+        self.launch = Launcher(gemm_kernel)
+        self.nothing = torch.zeros(1, dtype=torch.float32, device=self.device)
+
+    def _finish(self, request):
+        from .quantize_input import InputQuantizer
+
+        numerics = self.numerics
         self.accumulator = "fp32" if self.interpret and numerics.dot != "int8" else numerics.accumulator
-        self.rotation = Rotation(q.format.hadamard) if q.format.hadamard else None
         self.quantizer = None
         if request.x_format is not None:
             operand = numerics.x_dtype if not self.interpret or numerics.dot == "int8" else torch.float32
             self.quantizer = InputQuantizer(request.x_format, operand)
-        self.launch = Launcher(gemm_kernel)
-        self.capability = capability
-        self._take_weight(q, request)
+        self.constants |= {
+            "X_GROUP": request.x_format.group[1] if request.x_format is not None else 0,
+            "X_ROW": self.quantizer.row_scale if self.quantizer else "none",
+            "DOT": "fp32" if self.interpret and numerics.dot != "int8" else numerics.dot,
+            "W_PARTS": 1 if self.interpret else numerics.w_parts,
+            "STEP": self.step,
+            "BLOCK": 0,
+            "WGMMA": self.capability == 90 and not self.interpret and torch.version.hip is None,
+        }
+        self._make_ways()
+        if not self.interpret:
+            # Calls on other streams read the weight, too.
+            torch.cuda.current_stream(self.device).synchronize()
+
+    def _make_ways(self):
         # By m: up to 16, 32, 64, 128, and beyond. The interpreter's are made as they are needed: it runs best with few blocks.
         self.ways = None if self.interpret else [self._way(1 << bits) for bits in range(4, 9)]
         if not self.interpret:
+            from .jit import Counters
+
             tiles = [-(-self.n // way.tile.bn) for way in self.ways if way.split > 1]
-            self.counters = Counters(device, max(tiles)) if tiles else None
-            # Calls on other streams read the weight, too.
-            torch.cuda.current_stream(device).synchronize()
+            self.counters = Counters(self.device, max(tiles)) if tiles else None
 
     def _take_weight(self, q, request):
         fmt, numerics = q.format, self.numerics
         native = numerics.native and not self.interpret
         codes = q.packed.contiguous().view(torch.uint8)
-        self.row_bytes = codes.shape[1]
+        self.row_bytes = codes.shape[-1]
         self.weight = codes.view(DOT_DTYPES[numerics.dot]) if native else codes
         constants = decode_constants(fmt.element) | ({"DECODE": "none"} if native else {})
-        nothing = torch.zeros(1, dtype=torch.float32, device=self.device)
+        nothing = self.nothing
         self.table = nothing
         if constants["DECODE"] == "table":
             values = torch.tensor(value_list(fmt.element), dtype=torch.float64) * 2.0**numerics.unit_exponent
@@ -108,9 +129,9 @@ class GemmPlan:
         self.scale = q.scale.contiguous()
         self.zero = self.scale if q.zero is None else q.zero.contiguous()
         self.scale_2 = nothing if q.scale_2 is None else q.scale_2.contiguous()
-        self.nothing = nothing
         far = far_rows(q, numerics)
         self.far = nothing if far is None else far
+        self.offset = nothing if q.offset is None else _moved_offset(q, numerics, far).contiguous()
         # Powers of two taken on the way in are given back in two halves, each of which float32 holds.
         out = -(numerics.unit_exponent + numerics.scale_exponent)
         self.scalars = (2.0**numerics.scale_exponent, 2.0 ** (out // 2), 2.0 ** (out - out // 2))
@@ -119,17 +140,12 @@ class GemmPlan:
             "BITS": fmt.element.bits,
             "UNIT": 2.0**numerics.unit_exponent if constants["DECODE"] != "table" else 1.0,
             "ZERO": q.zero is not None,
+            "OFFSET": q.offset is not None,
             "SCALE": numerics.scale,
             "FAR": far is not None,
             "GN": gn if gn < self.n else 0,
             "GK": gk if gk < self.k else 0,
             "SCALE_2": fmt.scale_2 or "none",
-            "X_GROUP": request.x_format.group[1] if request.x_format is not None else 0,
-            "X_ROW": self.quantizer.row_scale if self.quantizer else "none",
-            "DOT": "fp32" if self.interpret and numerics.dot != "int8" else numerics.dot,
-            "W_PARTS": 1 if self.interpret else numerics.w_parts,
-            "STEP": self.step,
-            "WGMMA": self.capability == 90 and not self.interpret and torch.version.hip is None,
         }
 
     def _tile(self, m):
@@ -173,8 +189,8 @@ class GemmPlan:
             bk = max(least, min(bk, _power_of_two(step)))
         return Tile(tile.bm, tile.bn, bk, tile.warps, tile.stages)
 
-    def _way(self, m):
-        """How a call with up to m rows is launched."""
+    def _way(self, m, blocks_m=1):
+        """How a call with up to m rows is launched, or one with so many blocks of m rows."""
         tile = self._tile(m)
         bits, step = self.constants["BITS"], self.step
         if step:
@@ -184,8 +200,8 @@ class GemmPlan:
         crossing = step % tile.bk != 0
         # Enough blocks for every multiprocessor, none of them empty.
         wanted = 1
-        if m <= SPLIT_ROWS and not self.interpret and self.n:
-            wanted = min(BLOCKS_PER_SM * self.multiprocessors // -(-self.n // tile.bn), steps // LEAST_STEPS, 16)
+        if m <= SPLIT_ROWS and not self.interpret and self.n and blocks_m:
+            wanted = min(BLOCKS_PER_SM * self.multiprocessors // (blocks_m * -(-self.n // tile.bn)), steps // LEAST_STEPS, 16)
         split_steps = -(-steps // max(wanted, 1)) or 1
         split = -(-steps // split_steps) or 1
         constants = self.constants | {
@@ -215,47 +231,61 @@ class GemmPlan:
             self._run(m, x, bias, x_scale, out)
 
     def _run(self, m, x, bias, x_scale, out):
+        rows = (m - 1).bit_length()
+        index = 0 if rows < 4 else min(rows, 8) - 4
+        way = self._way(m) if self.interpret else self.ways[index]
+        self._launch(index, way, -(-m // way.tile.bm), m, x, bias, x_scale, out, (None,) * 4, (0, 1, 1))
+
+    def _launch(self, kind, way, blocks_m, m, x, bias, x_scale, out, routing, counts):
+        """Quantize x where that is asked for, and launch.
+
+        Args:
+            kind: what tells this way from others. blocks_m: the grid along m. m: rows of out.
+            routing: the kernel's ids, owners, end and topk_weights, or four times None. counts: its length, top_k and experts.
+        """
         scale_x = scale_x_2 = self.nothing
         stride_xs = 0
-        if self.rotation is not None:
-            x = self.rotation(x)
         if self.quantizer is not None:
             x, scale_x, scale_x_2 = self.quantizer(x, x_scale)
             stride_xs = scale_x.shape[-1]
         if bias is not None and bias.dtype == torch.float64:
             bias = bias.float()
-        rows = (m - 1).bit_length()
-        index = 0 if rows < 4 else min(rows, 8) - 4
-        way = self._way(m) if self.interpret else self.ways[index]
-        tile = way.tile
         parts = arrived = self.nothing
         if way.split > 1:
             arrived = self.counters.current()
             # Of the current stream, and of the graph where one is captured: the allocator sees to it.
-            parts = torch.empty(way.parts, dtype=torch.int32, device=self.device)
+            parts = torch.empty(blocks_m * way.parts, dtype=torch.int32, device=self.device)
         stride_x = x.stride(0)
         aligned = self.multiple_of_16
         args = (
-            out, x, self.weight, self.scale, self.zero, self.far, self.scale_2, self.nothing if bias is None else bias,
-            self.table, self.scale_table, scale_x, scale_x_2, parts, arrived, m, self.n, self.k, stride_x, self.row_bytes,
-            self.scale.shape[-1], stride_xs, way.split_steps, *self.scalars,
+            out, x, self.weight, self.scale, self.zero, self.offset, self.far, self.scale_2,
+            self.nothing if bias is None else bias, self.table, self.scale_table, scale_x, scale_x_2, parts, arrived, *routing,
+            m, self.n, self.k, stride_x, self.row_bytes, self.scale.shape[-1], stride_xs, way.split_steps, *counts, *self.scalars,
         )  # fmt: skip
         bias_kind = None if bias is None else (bias.dtype, aligned(bias))
-        kind = (index, aligned(out), aligned(x), self.stride_kind(stride_x), bias_kind)
-        grid = (-(-m // tile.bm) * -(-self.n // tile.bn), way.split, 1)
+        kind = (kind, aligned(out), aligned(x), self.stride_kind(stride_x), bias_kind)
+        grid = (blocks_m * -(-self.n // way.tile.bn), way.split, 1)
         self.launch(kind, grid, args, way.constants[bias is not None], way.options)
 
 
 # In the order of the kernel's signature.
 CONSTANTS = (
-    "BITS", "DECODE", "OFFSET", "EXPONENT", "MANTISSA", "SIGNED", "SPECIALS", "UNBIAS", "UNIT", "ZERO", "SCALE", "FAR",
-    "GN", "GK", "SCALE_2", "X_GROUP", "X_ROW", "HAS_BIAS", "DOT", "W_PARTS", "STEP", "EVEN", "WHOLE_BYTES", "SPLIT", "WGMMA", "BM", "BN", "BK",
+    "BITS", "DECODE", "MIDDLE", "EXPONENT", "MANTISSA", "SIGNED", "SPECIALS", "UNBIAS", "UNIT", "ZERO", "OFFSET", "SCALE", "FAR",
+    "GN", "GK", "SCALE_2", "X_GROUP", "X_ROW", "HAS_BIAS", "DOT", "W_PARTS", "STEP", "EVEN", "WHOLE_BYTES", "SPLIT", "BLOCK", "WGMMA", "BM", "BN", "BK",
 )  # fmt: skip
 
 
 def prepare(q, request):
     """The plan for one weight. It may allocate, and it reads the scales."""
     return GemmPlan(q, request)
+
+
+def _moved_offset(q, numerics, far):
+    """The offsets of groups, times the powers of two that sums are kept times: as they are where there are none, else float32."""
+    if far is None and not numerics.unit_exponent:
+        return q.offset
+    near = 1.0 if far is None else far[..., 0, :: q.format.group[0] or max(far.shape[-1], 1), None].double()
+    return (q.offset.double() * 2.0**numerics.unit_exponent * near).float()
 
 
 def _power_of_two(x):

@@ -10,24 +10,25 @@ COUNTS = 2048  # counts that a program reads at a time
 
 
 @device_function
-def expert_of(ids, expert_map, slot, n, experts, MAP: tl.constexpr, LOCAL: tl.constexpr):
-    """The expert that each slot is sorted by, -1 for none: as it is or, with LOCAL, as the map has it. Illegal ids belong to none."""
+def expert_of(ids, expert_map, slot, n, experts, last, MAP: tl.constexpr, LOCAL: tl.constexpr):
+    """The expert that each slot is sorted by, -1 for none: as it is or, with LOCAL, as the map has it. Illegal ids and local indices that
+    are not below `last` belong to none."""
     expert = tl.load(ids + slot, mask=slot < n, other=-1).to(tl.int64)
     expert = tl.where((expert >= 0) & (expert < experts), expert, -1)
     if MAP and LOCAL:
         expert = tl.load(expert_map + expert, mask=expert >= 0, other=-1).to(tl.int64)
-    return expert.to(tl.int32)
+    return tl.where((expert >= 0) & (expert < last), expert, -1).to(tl.int32)
 
 
 @kernel(do_not_specialize=["n", "length", "blocks"])
 def count_kernel(
-    counts, order, owners, inverse, ids, expert_map, n, experts, length, blocks,
+    counts, order, owners, inverse, ids, expert_map, n, experts, last, length, blocks,
     MAP: tl.constexpr, LOCAL: tl.constexpr, OWNERS: tl.constexpr, INVERSE: tl.constexpr, EXPERTS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """How many slots of a chunk each expert has, added to zeros; and what order, owners and inverse hold where nothing is placed."""
     program, programs = tl.program_id(0), tl.num_programs(0)
     slot = program * CHUNK + tl.arange(0, CHUNK)
-    expert = expert_of(ids, expert_map, slot, n, experts, MAP, LOCAL)
+    expert = expert_of(ids, expert_map, slot, n, experts, last, MAP, LOCAL)
     tl.atomic_add(counts + program.to(tl.int64) * EXPERTS + expert, 1, mask=(slot < n) & (expert >= 0), sem="relaxed")
     for start in range(program * CHUNK, length, programs * CHUNK):
         at = start + tl.arange(0, CHUNK)
@@ -61,11 +62,11 @@ def place_kernel(
     starts = (ends - whole) * block
 
     slot = program * CHUNK + tl.arange(0, CHUNK)
-    expert = expert_of(ids, expert_map, slot, n, experts, MAP, LOCAL)
+    expert = expert_of(ids, expert_map, slot, n, experts, last, MAP, LOCAL)
     rank = tl.full((CHUNK,), 0, tl.int32)
     for start in range(0, CHUNK, STEP):
         other = program * CHUNK + start + tl.arange(0, STEP)
-        theirs = expert_of(ids, expert_map, other, n, experts, MAP, LOCAL)
+        theirs = expert_of(ids, expert_map, other, n, experts, last, MAP, LOCAL)
         rank += tl.reduce(
             ((expert[:, None] == theirs[None, :]) & (other[None, :] < slot[:, None])).to(tl.int32), 1, tl.standard._sum_combine
         )
@@ -148,7 +149,7 @@ def sort_slots(ids, experts, last, block, expert_map, local, length, blocks=0, i
         block,
         *flags.values(),
     )
-    args = (counts, order, owners, where, ids, mapped, n, experts, length, blocks)
+    args = (counts, order, owners, where, ids, mapped, n, experts, last, length, blocks)
     _count(kind, (chunks, 1, 1), args, flags, {"num_warps": 4})
     args = (order, owners, where, offsets, end, counts, ids, mapped, n, experts, last, chunks, block)
     read = max(1, min(COUNTS // lanes, 1 << (chunks - 1).bit_length()))

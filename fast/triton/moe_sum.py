@@ -30,7 +30,7 @@ def moe_sum_kernel(
                 here = (source >= 0) & (source < experts)
                 start = source * stride_m
             else:
-                start = row.to(tl.int64) * stride_m + slot * stride_t
+                start = row.to(tl.int64) * stride_m + tl.full((), slot, tl.int64) * stride_t
                 if IDS:
                     expert = tl.load(ids + at).to(tl.int64)
                     here = expert >= 0

@@ -24,6 +24,15 @@ def first_best(key, lane, EXPERTS: tl.constexpr):
     return EXPERTS - 1 - (best & 0xFFFFFFFF).to(tl.int32)
 
 
+@device_function
+def log1p(z):
+    """log(1 + z) of 0 <= z <= 1, to a few units in the last place: 2 atanh(z / (2 + z)) by its series. 1 + z would lose the low bits of z."""
+    s = z / (2.0 + z)
+    s2 = s * s
+    tail = 1.0 / 11 + s2 * (1.0 / 13 + s2 * (1.0 / 15))
+    return 2.0 * s * (1.0 + s2 * (1.0 / 3 + s2 * (1.0 / 5 + s2 * (1.0 / 7 + s2 * (1.0 / 9 + s2 * tail)))))
+
+
 @kernel(do_not_specialize=["m", "num_valid"])
 def topk_kernel(
     ids, weights, logits, bias, table, tokens, m, num_valid, e, vocabulary, stride_m, epsilon, factor, shared_weight,
@@ -34,7 +43,9 @@ def topk_kernel(
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     lane = tl.arange(0, EXPERTS)
     inside = (row < m)[:, None] & (lane < e)[None, :]
-    v = to_float32(tl.load(logits + row.to(tl.int64)[:, None] * stride_m + lane[None, :], mask=inside, other=float("-inf")))
+    v = to_float32(tl.load(logits + row.to(tl.int64)[:, None] * stride_m + lane[None, :], mask=inside, other=0.0))
+    # Not by other=: bfloat16 that is seen as int16 has no infinity.
+    v = tl.where(inside, v, float("-inf"))
     if SCORING == "softmax":
         top = tl.reduce(tl.where(v == v, v, float("-inf")), 1, tl.standard._elementwise_max)
         power = tl.where(inside, tl.exp(v - top[:, None]), 0.0)
@@ -42,10 +53,7 @@ def topk_kernel(
     elif SCORING == "sigmoid":
         score = 1.0 / (1.0 + tl.exp(-v))
     else:
-        # log(1 + z): z itself where 1 + z would lose it.
-        z = tl.exp(-tl.abs(v))
-        low = z * (1.0 + z * (-0.5 + z * (1.0 / 3 - z * 0.25)))
-        score = tl.sqrt(tl.where(v > 0, v, 0.0) + tl.where(z < 0.01, low, tl.log(1.0 + z)))
+        score = tl.sqrt(tl.where(v > 0, v, 0.0) + log1p(tl.exp(-tl.abs(v))))
         score = tl.where(v == v, score, v)
 
     worth = score
@@ -98,7 +106,8 @@ def topk_kernel(
     for t in tl.static_range(TOP_K):
         weight = tl.load(weights + out + t, mask=row < m, other=0.0)
         if RENORMALIZE:
-            weight = weight / (total + epsilon)
+            # With a table all slots of a row may be without an expert: 0 / 0 is 0 there.
+            weight = tl.where(HASH & (total == 0.0), 0.0, weight / (total + epsilon))
         tl.store(weights + out + t, tl.where(valid, weight * factor, 0.0), mask=row < m)
     for t in tl.static_range(SHARED):
         tl.store(ids + out + TOP_K + t, tl.where(valid, e + t, -1), mask=row < m)

@@ -62,7 +62,7 @@ def choose(q, x_dtype, x_format, capability, fp8=True):
     Reads the scales and zero points (it synchronises).
 
     Args:
-        q: QTensor (n, k).
+        q: QTensor (n, k) or (e, n, k).
         x_dtype: float16, bfloat16 or float32.
         x_format: None or the Format that x is quantized to.
         capability: of the device, as 90.
@@ -79,7 +79,7 @@ def choose(q, x_dtype, x_format, capability, fp8=True):
 
 def step_columns(q, numerics, x_format):
     """Columns that a step of the kernel must not cross a multiple of; 0 where there are none such."""
-    k = q.shape[1]
+    k = q.shape[-1]
     groups = [q.format.group[1]] if numerics.scale == "sums" else []
     groups += [x_format.group[1]] if x_format is not None else []
     return math.gcd(*[g for g in groups if 0 < g < k])
@@ -100,11 +100,11 @@ def _eight_bit(q, values, x_format, int8, fp8):
     if values is None:
         return None
     x_values = _finite(x_format.element)
-    if int8 and q.shape[1] <= INT32_COLUMNS and _in_int8(x_values):
+    if int8 and q.shape[-1] <= INT32_COLUMNS and _in_int8(x_values):
         for exponent in range(4):
             if _in_int8(values * 2.0**exponent):
                 return Numerics("int8", torch.int8, unit_exponent=exponent)
-    groups = [g for g in (q.format.group[1], x_format.group[1]) if 0 < g < q.shape[1]]
+    groups = [g for g in (q.format.group[1], x_format.group[1]) if 0 < g < q.shape[-1]]
     # Integers are promised float32 sums, which an fp8 unit does not keep.
     if not fp8 or isinstance(x_format.element, Int) or (groups and math.gcd(*groups) % 32):
         return None
@@ -160,7 +160,10 @@ def _zero_parts(q, name):
 
 def _with_scale(q, numerics, x_format):
     gk = q.format.group[1]
-    if not 0 < gk < q.shape[1]:
+    if q.format.offset is not None:
+        # An offset is multiplied by the sum of its group's x, step by step.
+        return replace(numerics, scale="sums")
+    if not 0 < gk < q.shape[-1]:
         return replace(numerics, scale="end")
     if numerics.dot in ("fp16", "bf16") and numerics.w_parts == 1 and q.zero is None and gk < 64 and gk & (gk - 1) == 0:
         fits_x = x_format is None or x_format.group[1] % gk == 0
@@ -181,24 +184,26 @@ def _scale_values(q):
 
 
 def far_rows(q, numerics):
-    """What the scales of each row are taken times, and what takes it back in two steps: float32 (3, n), powers of two.
+    """What the scales and offsets of each row are taken times, and what takes it back in two steps: float32 (..., 3, n), powers of two.
 
-    None where no scale is far from the middle of float32's range: no sum of groups overflows or vanishes before its other factors come.
+    None where none is far from the middle of float32's range: no sum of groups overflows or vanishes before its other factors come.
     """
     if numerics.scale == "weight" or not q.scale.numel():
         return None
     target, scale = SCALE_DTYPES[q.format.scale], q.scale
     if not isinstance(target, torch.dtype):
         scale = torch.tensor(value_list(target), dtype=torch.float64, device=scale.device)[scale.long()]
-    top = scale.double().abs().nan_to_num(0.0, 0.0, 0.0).amax(1)
+    top = scale.double().abs().nan_to_num(0.0, 0.0, 0.0).amax(-1)
+    if q.offset is not None:
+        top = torch.maximum(top, q.offset.double().abs().nan_to_num(0.0, 0.0, 0.0).amax(-1) * 2.0**numerics.unit_exponent)
     exponent = torch.where(top == 0, 0, torch.frexp(top).exponent).clamp(-126, 126)
     if not bool((exponent.abs() > FAR_EXPONENT).any()):
         return None
-    gn = q.format.group[0]
-    rows = torch.arange(q.shape[0], device=q.scale.device) // gn if gn else torch.zeros(q.shape[0], dtype=torch.long, device=q.scale.device)
-    exponent = exponent[rows].double()
+    n, gn = q.shape[-2], q.format.group[0]
+    rows = torch.arange(n, device=q.scale.device) // gn if gn else torch.zeros(n, dtype=torch.long, device=q.scale.device)
+    exponent = exponent[..., rows].double()
     half = (exponent / 2).floor()
-    return torch.exp2(torch.stack((-exponent, half, exponent - half))).float().contiguous()
+    return torch.exp2(torch.stack((-exponent, half, exponent - half), -2)).float().contiguous()
 
 
 def _product_exponent(q, numerics):
@@ -256,9 +261,9 @@ def _parts(values, dtype):
 
 def decode_constants(element):
     """The constexprs of decode.decode for an element."""
-    constants = {"DECODE": "table", "OFFSET": 0, "EXPONENT": 0, "MANTISSA": 0, "SIGNED": False, "SPECIALS": "finite", "UNBIAS": 1.0}
+    constants = {"DECODE": "table", "MIDDLE": 0, "EXPONENT": 0, "MANTISSA": 0, "SIGNED": False, "SPECIALS": "finite", "UNBIAS": 1.0}
     if isinstance(element, Int):
-        constants |= {"DECODE": "int", "OFFSET": 2 ** (element.bits - 1) if element.signed else 0}
+        constants |= {"DECODE": "int", "MIDDLE": 2 ** (element.bits - 1) if element.signed else 0}
     elif isinstance(element, Float) and element.exponent and element.subnormal and max_value(element) < 2.0**128:
         bias = 2 ** (element.exponent - 1) - 1
         constants |= {"DECODE": "float", "EXPONENT": element.exponent, "MANTISSA": element.mantissa, "SIGNED": element.signed}

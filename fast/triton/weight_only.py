@@ -26,7 +26,7 @@ def why_not(request):
         or fmt.zero not in (None, "int")
     ):
         return f"the weight is {fmt}, expected signed integers of 2, 4 or 8 bits, or unsigned ones with an integer zero point"
-    if fmt.scale not in ("fp32", "fp16", "bf16") or fmt.scale_2 is not None or fmt.hadamard:
+    if fmt.scale not in ("fp32", "fp16", "bf16") or fmt.scale_2 is not None or fmt.offset is not None:
         return f"the weight is {fmt}, expected scales of 16 or 32 bits and nothing else"
     (gn, gk), k, width = fmt.group, request.shape[1], 512 // element.bits
     if gn > 1 or 0 in request.shape or (0 < gk < k and gk % width and gk not in (width // 4, width // 2)):

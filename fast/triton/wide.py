@@ -3,7 +3,7 @@
 import triton.language as tl
 
 from .decode import round_to_output, to_float32
-from .fragments import fields, finished, number
+from .fragments import fields, finished, number, pair
 from .jit import device_function, kernel
 from .split_k import sum_over_blocks
 
@@ -13,6 +13,54 @@ def _per_row(v, ROWS: tl.constexpr, SUB: tl.constexpr):
     """Scales (16 ROWS, SUB) in the shape of the halves (ROWS, 512)."""
     v = tl.broadcast_to(tl.reshape(v, (ROWS, 16, 1, SUB, 1)), (ROWS, 16, 4, SUB, 8 // SUB))
     return tl.reshape(v, (ROWS, 512))
+
+
+@device_function
+def tile_sums(
+    w_tiles, x_tiles, rows_in, scale, zero, rn, first, end, k, stride_s, BITS: tl.constexpr, EXPONENT: tl.constexpr,
+    GROUP_TILES: tl.constexpr, SUB: tl.constexpr, HOW: tl.constexpr, EVEN_K: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr,
+    STAGES: tl.constexpr, DTYPE: tl.constexpr, ASSEMBLY: tl.constexpr, CONSTRAINTS: tl.constexpr, INTERPRET: tl.constexpr,
+):  # fmt: skip
+    """float32 (BN, BM): the products of BN rows of w and BM of x over tiles first .. end along k, with their groups' scales.
+
+    w_tiles, x_tiles: pointers to the first of these tiles, (BN / 16, 512) and (BM, columns). rows_in: which rows of x there are, (BM, 1).
+    """
+    WIDTH: tl.constexpr = 512 // BITS
+    FIELDS: tl.constexpr = 16 // BITS
+    ROWS: tl.constexpr = BN // 16
+    rk = tl.arange(0, WIDTH)
+    sub = tl.arange(0, SUB)
+    acc = tl.full((BN, BM), 0.0, tl.float32)
+    for tile in tl.range(first, end, num_stages=STAGES):
+        p = tl.load(w_tiles, eviction_policy="evict_first")
+        if EVEN_K:
+            xv = tl.load(x_tiles, mask=rows_in, other=0)
+        else:
+            xv = tl.load(x_tiles, mask=rows_in & (rk[None, :] < k - tile * WIDTH), other=0)
+        if INTERPRET:
+            xv = to_float32(xv)
+        group = 0
+        if GROUP_TILES > 0:
+            group = tile // GROUP_TILES * SUB
+        s = None
+        if HOW != "sums":
+            s = _per_row(pair(tl.load(scale + (group + sub)[None, :] * stride_s + rn[:, None]), DTYPE), ROWS, SUB)
+        z = None
+        if zero is not None:
+            z = _per_row(tl.load(zero + (group + sub)[None, :] * stride_s + rn[:, None]), ROWS, SUB)
+        v = fields(p, z, s, BITS, HOW, ASSEMBLY, CONSTRAINTS, DTYPE, INTERPRET, EXPONENT)
+        # tile of rows, r, l, c, j, e, 16 columns, h -> row, (j, 16 columns, h, c, e)
+        v = tl.reshape(v, (ROWS, 2, 8, 4, 4, 2, FIELDS // 2, 2))
+        v = tl.reshape(tl.permute(v, (0, 1, 2, 4, 6, 7, 3, 5)), (BN, WIDTH))
+        if HOW == "sums" and GROUP_TILES > 0:
+            sums = tl.dot(v, tl.trans(xv), input_precision="ieee")
+            acc += sums * number(tl.load(scale + group * stride_s + rn), DTYPE)[:, None]
+        else:
+            acc = finished(tl.dot(v, tl.trans(xv), acc, input_precision="ieee"), INTERPRET)
+        w_tiles += 512
+        x_tiles += WIDTH
+
+    return acc
 
 
 @kernel(do_not_specialize=["m", "stride_x", "tiles_k"])
@@ -31,7 +79,6 @@ def wide_kernel(
     together. EVEN_K: tiles do not reach past k.
     """
     WIDTH: tl.constexpr = 512 // BITS
-    FIELDS: tl.constexpr = 16 // BITS
     ROWS: tl.constexpr = BN // 16
     pid = tl.program_id(0)
     part, parts_k = tl.program_id(1), tl.num_programs(1)
@@ -46,41 +93,14 @@ def wide_kernel(
 
     rm = tile_m * BM + tl.arange(0, BM)
     rn = tile_n * BN + tl.arange(0, BN)
-    rk = tl.arange(0, WIDTH)
-    sub = tl.arange(0, SUB)
     w_tiles = w + ((tile_n * ROWS + tl.arange(0, ROWS)).to(tl.int64) * tiles_k + first)[:, None] * 512 + tl.arange(0, 512)[None, :]
-    x_tiles = x + rm.to(tl.int64)[:, None] * stride_x + first * WIDTH + rk[None, :]
+    x_tiles = x + rm.to(tl.int64)[:, None] * stride_x + first * WIDTH + tl.arange(0, WIDTH)[None, :]
     rows_in = rm[:, None] < m
 
-    acc = tl.full((BN, BM), 0.0, tl.float32)
-    for tile in tl.range(first, end, num_stages=STAGES):
-        p = tl.load(w_tiles, eviction_policy="evict_first")
-        if EVEN_K:
-            xv = tl.load(x_tiles, mask=rows_in, other=0)
-        else:
-            xv = tl.load(x_tiles, mask=rows_in & (rk[None, :] < k - tile * WIDTH), other=0)
-        if INTERPRET:
-            xv = to_float32(xv)
-        group = 0
-        if GROUP_TILES > 0:
-            group = tile // GROUP_TILES * SUB
-        s = None
-        if HOW != "sums":
-            s = _per_row(tl.load(scale + (group + sub)[None, :] * stride_s + rn[:, None]), ROWS, SUB)
-        z = None
-        if zero is not None:
-            z = _per_row(tl.load(zero + (group + sub)[None, :] * stride_s + rn[:, None]), ROWS, SUB)
-        v = fields(p, z, s, BITS, HOW, ASSEMBLY, CONSTRAINTS, DTYPE, INTERPRET)
-        # tile of rows, r, l, c, j, e, 16 columns, h -> row, (j, 16 columns, h, c, e)
-        v = tl.reshape(v, (ROWS, 2, 8, 4, 4, 2, FIELDS // 2, 2))
-        v = tl.reshape(tl.permute(v, (0, 1, 2, 4, 6, 7, 3, 5)), (BN, WIDTH))
-        if HOW == "sums" and GROUP_TILES > 0:
-            sums = tl.dot(v, tl.trans(xv), input_precision="ieee")
-            acc += sums * number(tl.load(scale + group * stride_s + rn), DTYPE)[:, None]
-        else:
-            acc = finished(tl.dot(v, tl.trans(xv), acc, input_precision="ieee"), INTERPRET)
-        w_tiles += 512
-        x_tiles += WIDTH
+    acc = tile_sums(
+        w_tiles, x_tiles, rows_in, scale, zero, rn, first, end, k, stride_s, BITS, 0, GROUP_TILES, SUB, HOW, EVEN_K, BN, BM, STAGES, DTYPE,
+        ASSEMBLY, CONSTRAINTS, INTERPRET,
+    )  # fmt: skip
 
     finish = True
     if SPLIT > 1:

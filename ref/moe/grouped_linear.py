@@ -70,29 +70,32 @@ def masked_linear(x, w, counts, bias=None, *, x_format=None, x_scale=None):
 
 
 def indexed_linear(
-    x, w, sorted_token_ids, expert_ids, num_tokens_post_padded, top_k, bias=None, *, topk_weights=None, x_format=None, x_scale=None
-):
+    x, w, sorted_token_ids, expert_ids, num_tokens_post_padded, top_k, bias=None, *, topk_weights=None, block_size=None, x_format=None,
+    x_scale=None,
+):  # fmt: skip
     """Indexed: y[i] = (x[i // top_k] W[e]^T + bias[e]) * topk_weights[i] for each slot i in a block of expert e.
 
-    The blocks are those of moe_align_block_size: block b is rows b * block ... of sorted_token_ids, up to
-    num_tokens_post_padded, block = len(sorted_token_ids) / len(expert_ids) rounded up. Sentinels (ids not below the number of slots) are
-    skipped; blocks of expert -1 and slots in no block give zeros.
+    The blocks are those of moe_align_block_size: block b is rows b * block_size ... of sorted_token_ids, up to
+    num_tokens_post_padded. Sentinels (ids not below the number of slots) are skipped; blocks of expert -1 and slots in no block give zeros.
 
     Args:
         x: (m, k). w: (e, n, k). top_k: slots of a row of x: t for w13, 1 for w2.
         topk_weights: None, or (m * top_k,) or (m, top_k), float: multiplied after the bias.
+        block_size: what moe_align_block_size was given; None where pad_sorted_ids made whole blocks, so that the lengths tell.
         The rest: as grouped_linear.
 
     Returns:
         (m * top_k, n), dtype of x: float64, rounded once.
 
     Raises:
-        TypeError, ValueError: as grouped_linear, or an expert that is not below e.
+        TypeError, ValueError: as grouped_linear, an expert that is not below e, or lengths that do not fit block_size.
     """
     check_grouped(x, w, bias, x_format, x_scale, 2, "indexed_linear")
     n = x.shape[0] * top_k
     blocks = expert_ids.numel()
-    block = -(-sorted_token_ids.numel() // blocks) if blocks else 1
+    block = (-(-sorted_token_ids.numel() // blocks) if blocks else 1) if block_size is None else block_size
+    if block < 1 or -(-sorted_token_ids.numel() // block) != blocks:
+        raise ValueError(f"indexed_linear: {sorted_token_ids.numel()} sorted_token_ids do not make {blocks} blocks of {block}")
     if blocks and int(expert_ids.max()) >= w.shape[0]:
         raise ValueError(f"indexed_linear: expert_ids reach {int(expert_ids.max())}, expected less than {w.shape[0]} experts")
     a = operand(x, x_format, x_scale)
