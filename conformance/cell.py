@@ -104,7 +104,11 @@ def run(task):
     cells = {impl: Cell(task.op, task.label, impl) for impl in impls}
     pools = dict(task.pools)
     for size in sorted({pools.get(impl, 0) for impl in impls}):
-        config = pool(task.label, task.op == "linear_x", size, task.seed) if size and op.FUNCTION == "linear" else None
+        config = None
+        if size and op.FUNCTION == "linear":
+            config = pool(task.label, task.op == "linear_x", size, task.seed)
+        elif size and hasattr(op, "pool"):
+            config = op.pool(task.label, size, task.seed)
         active = {impl: cell for impl, cell in cells.items() if pools.get(impl, 0) == size}
         _explore(task, candidate, op, op.cases(task.label, config), active)
     # How wide the bound is does not depend on the implementation: all that was compared in this cell counts.

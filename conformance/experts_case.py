@@ -1,5 +1,6 @@
 """Cases of fused_experts, and how they are drawn."""
 
+import random
 from dataclasses import dataclass, replace
 
 from hypothesis import strategies as st
@@ -8,10 +9,10 @@ from ref.format import Format, parse_format
 from ref.moe import ACTIVATIONS
 
 from .case import Case
-from .formats import choose, generated, short
+from .formats import GENERATED, choose, generated, short
 from .moe_case import Route
 from .moe_strategies import routes
-from .strategies import SEEDS, near
+from .strategies import GENERATED_POOL, SEEDS, near
 
 PLAIN = "plain"
 EXACT_ACTIVATIONS = ("silu", "silu", "silu", "silu_no_mul", "relu2", "relu2_no_mul")
@@ -66,29 +67,54 @@ class ExpertsCase(Case):
 
 
 @st.composite
-def experts_cases(draw, label):
+def configs(draw, label):
+    """What kernels have to be prepared for: (format, x_format, h, i, n, dtype)."""
     plain = label == PLAIN
     name = None if plain else short(replace(parse_format(draw(choose(label, generated()))), hadamard=0))
+    x_name = None if plain or draw(st.integers(0, 2)) < 2 else draw(st.sampled_from(X_FORMATS))
+    h = draw(near((16, 32, 64), 2, 130))
+    i, other = draw(near((16, 32), 1, 70)), draw(near((16, 32), 1, 70))
+    return name, x_name, h, i, h if draw(st.booleans()) else other, draw(st.sampled_from(("bf16", "bf16", "bf16", "fp16", "fp32")))
+
+
+def pool(label, size, seed):
+    """A strategy of `size` configurations, for implementations that take long to prepare one."""
+    chooser, found = random.Random(f"{label} {seed}"), []
+    while len(found) < size:
+        name = None if label == PLAIN else label if label != GENERATED else chooser.choice(GENERATED_POOL)
+        x_name = None if name is None or len(found) % 2 == 0 else chooser.choice(X_FORMATS)
+        h, i, n = (chooser.choice(sizes) for sizes in ((128, 256, 192, 136), (64, 128, 192), (128, 64, 72, 130)))
+        found.append((name, x_name, h, i, n, chooser.choice(("bf16", "bf16", "fp16"))))
+    return st.sampled_from(found)
+
+
+# Experts of a rank where configurations come from a pool: kernels are made for a number of them.
+POOLED = 4
+
+
+@st.composite
+def experts_cases(draw, label, config=None):
+    name, x_name, h, i, n, dtype = draw(configs(label) if config is None else config)
     route = draw(routes(slots=64, tokens=24, experts=6, most_t=4))
+    if config is not None:
+        ranks = min(route.ranks, 3)
+        route = replace(route, e=POOLED * max(ranks, 1), ranks=ranks, rank=min(route.rank, max(ranks - 1, 0)))
     data = draw(st.sampled_from(DATA))
-    x_name = None
-    if not plain and draw(st.integers(0, 2)) == 2:
-        x_name = draw(st.sampled_from(X_FORMATS))
     exactly = ("silu",) if x_name else EXACT_ACTIVATIONS
     activation = draw(st.sampled_from(exactly if data == "exact" else tuple(ACTIVATIONS)))
+    if config is not None and not ACTIVATIONS[activation].gated:
+        activation = activation.removesuffix("_no_mul")
     given = draw(st.sampled_from(PARAMETERS.get(activation, ({},))))
     if data == "exact":
         given = draw(st.sampled_from(({}, {}, {"limit": 64.0}))) if activation == "silu" and not x_name else {}
-    dtype = draw(st.sampled_from(("bf16", "bf16", "bf16", "fp16", "fp32")))
     if dtype == "fp16" and data in ("heavy", "outlier"):
         data = "normal"  # what float16 has no number for is not to be compared
     viewed = draw(st.integers(0, 3)) == 3
-    h = draw(near((16, 32, 64), 2, 130))
     return ExpertsCase(
         route=route,
         h=h,
-        i=draw(near((16, 32), 1, 70)),
-        n=h if draw(st.booleans()) else draw(near((16, 32), 1, 70)),
+        i=i,
+        n=n,
         format=name,
         x_format=x_name,
         activation=activation,

@@ -113,6 +113,9 @@ def test_ids_that_nobody_has_are_not_followed(gemm_type, monkeypatch):
     y = run(data, topk_ids=ids, x=x, topk_weights=weights, gemm_type=gemm_type)
     assert torch.equal(y, exact(data, topk_ids=clean))
     assert torch.equal(run(data, topk_ids=ids, x=x, topk_weights=weights, gemm_type=gemm_type, expert_map=torch.arange(4)), y)
+    lies = torch.tensor([0, 77, 2, 4])
+    rows = ((data.ids != 1) & (data.ids != 3)).all(1)
+    assert torch.equal(run(data, expert_map=lies, gemm_type=gemm_type)[rows], exact(data)[rows])
     monkeypatch.setenv("FAST_DEBUG", "1")
     with pytest.raises(ValueError, match="fused_experts: ids reach 2147483647, expected less than 4"):
         run(data, topk_ids=ids, gemm_type=gemm_type)

@@ -83,7 +83,9 @@ def validate(q):
         if not bool(finite.all()):
             raise ValueError(f"validate: {name} of {fmt} is NaN or inf at {tuple((~finite).nonzero()[0].tolist())}")
     if fmt.scale_2 is not None and fmt.scale_2.endswith("divisor") and bool((q.scale_2 == 0).any()):
-        raise ValueError(f"validate: scale_2 of {fmt} is 0 at {tuple((q.scale_2 == 0).nonzero()[0].tolist())}, and weights are divided by it")
+        raise ValueError(
+            f"validate: scale_2 of {fmt} is 0 at {tuple((q.scale_2 == 0).nonzero()[0].tolist())}, and weights are divided by it"
+        )
     if q.group_index is not None and q.group_index.numel():
         low, high, groups = int(q.group_index.min()), int(q.group_index.max()), q.scale.shape[-1]
         if low < 0 or high >= groups:

@@ -6,6 +6,7 @@ A module has
     cases(label, config)         a Hypothesis strategy; config: a strategy for the part that is costly to prepare, or None
     build(case, device, variants) -> Problem
 and it may have
+    pool(label, size, seed)      a strategy of so many configurations, of which cases takes one
     SHARE                        of the examples, and of the seconds that a slow implementation has in a cell (default 1)
 """
 

@@ -23,14 +23,16 @@ from ref.rounding import round_to
 
 from .. import accumulators
 from ..accumulators import ETA, U, gamma
-from ..bounds import product_bound, weight_doubt
-from ..experts_case import PLAIN, experts_cases
+from ..bounds import TINY, product_bound, weight_doubt
+from ..experts_case import PLAIN, experts_cases, pool
 from ..formats import GENERATED
 from ..oracle import Disagreement, compare
 from ..quantizer import hull
 from ..weights import to_device
 from . import Problem, parts_of
 from .experts_data import draw
+
+__all__ = ["FUNCTION", "SHARE", "Truth", "build", "cases", "labels", "pool"]
 
 FUNCTION = "fused_experts"
 SHARE = 0.3
@@ -46,7 +48,7 @@ def labels(formats):
 
 
 def cases(label, config=None):
-    return experts_cases(label)
+    return experts_cases(label, config)
 
 
 def build(case, device, variants=None):
@@ -184,9 +186,11 @@ class Truth:
 
     def _one(self, a, step, w, expert, variant):
         if not isinstance(w, QTensor):
-            b = w[expert].double()
-            size = a.largest()
+            b, size = w[expert].double(), a.largest()
             terms = (size != 0).sum(1, keepdim=True)
+            if self.device.type == "cuda":
+                # As a matrix unit aligns subnormal operands.
+                size = torch.where(size != 0, size.clamp(min=TINY[self.case.dtype]), 0.0)
             c = accumulators.coefficient(terms, 1, self.device, False, self.dtype == torch.float32)
             # Products of float32 numbers are rounded, too.
             return Interval(a.middle @ b.T, (c + U) * (size @ b.abs().T) + a.half @ b.abs().T + terms * ETA)

@@ -37,6 +37,7 @@ def moe_align_block_size(
         )
         return order, owners, end
     ids = local_ids(topk_ids, num_experts, expert_map if ignore_invalid_experts else None).flatten()
+    ids = torch.where(ids < num_experts, ids, -1)
     offsets, place = _places(ids, num_experts, block_size)
     order = torch.full((length + 1,), n, dtype=torch.int32, device=topk_ids.device)
     order[torch.where(ids < 0, length, place)] = torch.arange(n, dtype=torch.int32, device=topk_ids.device)

@@ -99,7 +99,7 @@ def indexed_linear(
         topk_weights = topk_weights.detach().flatten().contiguous()
     check_ids("indexed_linear: expert_ids", expert_ids, e)
     y = _result("indexed_linear", x, (slots, n), out)
-    plan = stack.plan("indexed_linear", x.dtype, x_format, impl, deterministic, bias, x_scale, block_size)
+    plan = stack.plan("indexed_linear", x.dtype, x_format, impl, deterministic, bias, x_scale, block_size, topk_weights is not None)
     # Slots in no block are not written again.
     y.zero_()
     if _empty(y, e) or not blocks:

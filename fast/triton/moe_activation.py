@@ -102,7 +102,7 @@ def moe_activation(x, activation, chosen, parameters, out):
     interpret = interprets(x.device)
     block = 1 << (n - 1).bit_length() if interpret else min(BLOCK, max(64, 1 << (n - 1).bit_length()))
     constants = constexprs(activation, chosen, parameters) | {"BLOCK": block, "INTERPRET": interpret}
-    kind = (x.dtype, multiple_of_16(x), multiple_of_16(out), stride_kind(x.stride(0)), n, *constants.values())
+    kind = (x.dtype, out.dtype, multiple_of_16(x), multiple_of_16(out), stride_kind(x.stride(0)), n, *constants.values())
     _launch(kind, (m, -(-n // block), 1), (out, x, m, n, x.stride(0)), constants, {"num_warps": max(1, block // 256)})
 
 

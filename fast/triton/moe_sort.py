@@ -6,7 +6,7 @@ import triton.language as tl
 from .jit import Launcher, device_function, interprets, kernel, multiple_of_16, stride_kind
 
 CHUNK = 256  # slots of a program
-COUNTS = 2048  # counts that a program reads at a time
+COUNTS = 8192  # counts that a program reads at a time
 
 
 @device_function
@@ -45,7 +45,7 @@ def count_kernel(
 def place_kernel(
     order, owners, inverse, offsets, end, counts, ids, expert_map, n, experts, last, chunks, block,
     MAP: tl.constexpr, LOCAL: tl.constexpr, OWNERS: tl.constexpr, INVERSE: tl.constexpr, EXPERTS: tl.constexpr, CHUNK: tl.constexpr,
-    READ: tl.constexpr, STEP: tl.constexpr,
+    READ: tl.constexpr, STEP: tl.constexpr, OWNED: tl.constexpr,
 ):  # fmt: skip
     """Each slot of a chunk to its place: behind the experts before its own, the chunks before this one, and the slots before it."""
     program, programs = tl.program_id(0), tl.num_programs(0)
@@ -83,8 +83,8 @@ def place_kernel(
     if OWNERS:
         # Block b belongs to the expert that so many others end before or at.
         filled = tl.reduce(whole, 0, tl.standard._sum_combine)
-        for start in range(program * STEP, filled, programs * STEP):
-            b = start + tl.arange(0, STEP)
+        for start in range(program * OWNED, filled, programs * OWNED):
+            b = start + tl.arange(0, OWNED)
             owner = tl.reduce((ends[None, :] <= b[:, None]).to(tl.int32), 1, tl.standard._sum_combine)
             if MAP and not LOCAL:
                 owner = tl.load(expert_map + owner, mask=b < filled, other=-1).to(tl.int32)
@@ -153,7 +153,8 @@ def sort_slots(ids, experts, last, block, expert_map, local, length, blocks=0, i
     _count(kind, (chunks, 1, 1), args, flags, {"num_warps": 4})
     args = (order, owners, where, offsets, end, counts, ids, mapped, n, experts, last, chunks, block)
     read = max(1, min(COUNTS // lanes, 1 << (chunks - 1).bit_length()))
-    place = flags | {"READ": read, "STEP": CHUNK if interprets(device) else 16}
+    steps = {"STEP": CHUNK, "OWNED": CHUNK} if interprets(device) else {"STEP": 64, "OWNED": max(8, min(64, COUNTS // lanes))}
+    place = flags | {"READ": read} | steps
     _place((*kind, read), (chunks, 1, 1), args, place, {"num_warps": 8})
     return order, owners, offsets, end
 

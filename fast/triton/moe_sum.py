@@ -21,26 +21,26 @@ def moe_sum_kernel(
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < k
     acc = tl.full((BLOCK,), 0, tl.float32)
+    # Without a branch, so that every slot's loads are on their way before the first is added.
     for slot in tl.static_range(SLOTS):
-        if slot < t:
-            at = row.to(tl.int64) * t + slot
-            here = row < m
-            if ROWS:
-                source = tl.load(ids + at).to(tl.int64)
-                here = (source >= 0) & (source < experts)
-                start = source * stride_m
-            else:
-                start = row.to(tl.int64) * stride_m + tl.full((), slot, tl.int64) * stride_t
-                if IDS:
-                    expert = tl.load(ids + at).to(tl.int64)
-                    here = expert >= 0
-                    if MAP:
-                        here = here & (expert < experts)
-                        here = here & (tl.load(expert_map + expert, mask=here, other=-1) >= 0)
-            weight = to_float32(tl.load(weights + at))
-            v = to_float32(tl.load(x + start + column, mask=column < tl.where(here, k, 0), other=0.0))
-            # A slot that does not count may have any weight, NaN included.
-            acc += tl.where(here, weight * v, 0.0)
+        at = row.to(tl.int64) * t + slot
+        here = row < m
+        if ROWS:
+            source = tl.load(ids + at).to(tl.int64)
+            here = (source >= 0) & (source < experts)
+            start = source * stride_m
+        else:
+            start = row.to(tl.int64) * stride_m + tl.full((), slot, tl.int64) * stride_t
+            if IDS:
+                expert = tl.load(ids + at).to(tl.int64)
+                here = expert >= 0
+                if MAP:
+                    here = here & (expert < experts)
+                    here = here & (tl.load(expert_map + expert, mask=here, other=-1) >= 0)
+        weight = to_float32(tl.load(weights + at))
+        v = to_float32(tl.load(x + start + column, mask=column < tl.where(here, k, 0), other=0.0))
+        # A slot that does not count may have any weight, NaN included.
+        acc += tl.where(here, weight * v, 0.0)
     tl.store(y + row.to(tl.int64) * k + column, round_to_output(acc, y.dtype.element_ty), mask=inside)
 
 
@@ -72,7 +72,7 @@ def _run(out, x, weights, ids, expert_map, m, t, k, experts, strides, rows):
         "IDS": ids is not None,
         "MAP": expert_map is not None,
         "ROWS": rows,
-        "SLOTS": 1 << (t - 1).bit_length(),
+        "SLOTS": t,
         "BLOCK": block,
     }
     args = (out, x, weights, weights if ids is None else ids, weights if expert_map is None else expert_map, m, t, k, experts, *strides)
