@@ -1,7 +1,7 @@
 """Golden vectors of bitsandbytes: its own modules quantize, write their state dict and dequantize.
 
-    pip install --no-deps --target /tmp/site_bitsandbytes bitsandbytes==0.50.2
-    PYTHONPATH=/tmp/site_bitsandbytes python conformance/golden/make_bitsandbytes.py
+    pip install --no-deps --target site_bitsandbytes bitsandbytes==0.50.2
+    PYTHONPATH=site_bitsandbytes python conformance/golden/make_bitsandbytes.py
 
 4 bits: Linear4bit.state_dict() and functional.dequantize_4bit. Where rows are no multiple of the blocksize, the compiled CPU kernel
 of 0.50.2 starts a block at every row, but the quantizer, the GPU kernels and the "default" backend run blocks through; there the

@@ -1,8 +1,8 @@
 """Golden vectors of torchao: its own classes quantize, are taken apart by its own safetensors code, and dequantize.
 
-    pip install --no-deps --target /tmp/site_torchao torchao==0.18.0
-    pip download --no-deps fbgemm-gpu-genai==1.9.0, of which fbgemm_gpu/experimental/gen_ai/quantize.py is put into /tmp/site_fbgemm
-    PYTHONPATH=/tmp/site_torchao:/tmp/site_fbgemm python conformance/golden/make_torchao.py
+    pip install --no-deps --target site_torchao torchao==0.18.0
+    pip download --no-deps fbgemm-gpu-genai==1.9.0, of which fbgemm_gpu/experimental/gen_ai/quantize.py is put into site_fbgemm
+    PYTHONPATH=site_torchao:site_fbgemm python conformance/golden/make_torchao.py
 
 Int4Tensor quantizes with int4_row_quantize_zp and pack_int4 of MSLK, whose wheels need CUDA; the same functions of FBGEMM, where
 MSLK has them from, are put in their place (Triton's quantize_fp8_row, which that file imports, is not called). It has no
