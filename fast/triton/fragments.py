@@ -156,7 +156,7 @@ def _move(bits, dtype, exponent, i, word):
 
 
 def _assembly(bits, dtype, how, zero, exponent):
-    """PTX for a word (two halves of a row): the pairs of its fields, one output each, from the word and, twice, zero point and scale."""
+    """PTX for a word (two halves, of one row or of two): the pairs of its fields, one output each, from the word and each half's zero point and scale."""
     fields = 16 // bits
     magic, power = _MAGIC[dtype]
     half = {"bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
