@@ -18,9 +18,9 @@ import torch
 
 from ..element import Int
 from ..format import Format
-from ..pack import unpack
+from ..pack import pack, unpack
 from ..qtensor import QTensor, check_parts, validate
-from . import bits, rules
+from . import rules
 from .check import check_keys, need, one_of, part
 
 DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
@@ -84,7 +84,7 @@ def read(parts, options):
     if bool((weight & weight >> 1 & 0x55).any()):
         raise ValueError("bitnet: weight has the code 3, expected 0, 1 and 2 (-1, 0 and 1)")
     codes = torch.cat([weight >> 2 * i & 3 for i in range(4)]) + 1  # offset binary of two bits: value + 2
-    packed, shape = bits.packed(codes, 2), tuple(codes.shape)
+    packed, shape = pack(codes, 2), tuple(codes.shape)
     if options["linear_class"] == "autobitlinear":
         return validate(QTensor(MULTIPLIED[DTYPES[stored.dtype]], shape, packed, stored.reshape(1, 1).clone()))
     if bool((stored == 0).any()):

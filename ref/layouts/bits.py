@@ -85,11 +85,6 @@ def to_bytes(packed, count):
     return _viewed(packed, torch.uint8)[..., :count].contiguous()
 
 
-def packed(codes, bits):
-    """pack, by the name that layouts had for it while it was slow."""
-    return pack(codes, bits)
-
-
 def flat_groups(shape, size):
     """The groups of a weight whose every `size` entries of the flattened (row-major) tensor share a scale: (group, index).
 

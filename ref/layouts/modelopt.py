@@ -28,7 +28,7 @@ import torch
 
 from ..element import NAMED, Float, Int
 from ..format import Format
-from ..pack import unpack
+from ..pack import pack, unpack
 from ..qtensor import QTensor, check_parts, validate
 from . import bits, rules
 from .check import check_keys, integer, need, one_of, part
@@ -261,7 +261,7 @@ def _read_int4(parts, size):
     size = size or _size(parts, k)
     scale = part(parts, "modelopt", "weight_scale", tuple(FLOATS), (n, -(-k // size)), f"(n, k / {size}), k={k} of weight")
     rows = torch.stack([weight & 15, weight >> 4], dim=1).flatten(0, 1)
-    packed = bits.packed(bits.from_twos(rows, 4), 4)
+    packed = pack(bits.from_twos(rows, 4), 4)
     return validate(QTensor(Format(INT4, FLOATS[scale.dtype], (1, size)), (n, k), packed, scale.clone()))
 
 

@@ -23,9 +23,9 @@ import torch
 
 from ..element import Int
 from ..format import Format
-from ..pack import unpack
+from ..pack import pack, unpack
 from ..qtensor import QTensor, check_parts, validate
-from . import bits, rules
+from . import rules
 from .check import need, one_of, part
 from .quark_codes import (
     FLOATS,
@@ -130,7 +130,7 @@ def read(parts, options):
     if codes is not None:
         width, signed = INTEGERS[main["dtype"]]
         element = Int(width, signed and main["symmetric"])
-        packed = bits.packed(codes, width)
+        packed = pack(codes, width)
         zero, zero_format = _read_zero(parts, zero_name, main, order, scale.shape)
     scale_2 = None
     if len(stages) == 2:

@@ -1,31 +1,24 @@
 """bitsandbytes: its own tensors read bit for bit, written back byte for byte, and what is refused."""
 
 import json
-import pathlib
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors import safe_open
 
 import ref
+from conformance.vectors import parts_of, stored
 from conformance.weights import draw_weight
 from ref.layouts import bitsandbytes
 from ref.layouts.bitsandbytes import FORMATS, FP4, INT8, STATE, config_of, find, options, read, write
 from ref.qtensor import equal
 
-with safe_open(pathlib.Path(__file__).parents[2] / "conformance/golden/bitsandbytes.safetensors", "pt") as file:
-    CASES = json.loads(file.metadata()["cases"])
-    GOLDEN = {name: {} for name in CASES}
-    for key in file.keys():  # noqa: SIM118
-        name, _, part = key.partition("/")
-        GOLDEN[name][part] = file.get_tensor(key)
+CASES, TENSORS = stored("bitsandbytes")
 
 
 def split(name):
-    parts = dict(GOLDEN[name])
-    return parts, parts.pop("expected")
+    return parts_of(TENSORS, name)
 
 
 def same(a, b):
@@ -148,7 +141,7 @@ def test_formats_are_what_read_gives():
 
 
 def test_find():
-    parts = [p for p in GOLDEN["nf4_double"] if p != "expected"]
+    parts = list(split("nf4_double")[0])
     names = [f"model.up.{p}" for p in parts] + [
         "model.up.bias",
         "model.norm.weight",

@@ -1,31 +1,26 @@
 """compressed-tensors against its own compressors (golden vectors), round trips, and everything that it refuses."""
 
 import json
-import pathlib
 from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors import safe_open
 
 import ref
+from conformance.vectors import parts_of, stored
 from conformance.weights import draw_weight
 from ref.element import NAMED, Float, Int
 from ref.format import Format
 from ref.layouts import compressed_tensors as ct
 
-GOLDEN = pathlib.Path(__file__).parents[2] / "conformance/golden/compressed_tensors.safetensors"
+CASES, TENSORS = stored("compressed_tensors")
 LAYER = "model.layers.0.mlp.up_proj"
-with safe_open(GOLDEN, "pt") as _file:
-    CASES = json.loads(_file.metadata()["cases"])
 
 
 def golden(name):
-    with safe_open(GOLDEN, "pt") as file:
-        parts = {key.split("/")[1]: file.get_tensor(key) for key in file.keys() if key.split("/")[0] == name}  # noqa: SIM118
-    return parts, parts.pop("expected"), CASES[name]["config"]
+    return *parts_of(TENSORS, name), CASES[name]["config"]
 
 
 def same(a, b):

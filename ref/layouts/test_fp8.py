@@ -1,29 +1,24 @@
 """fp8 against transformers' own code (golden vectors), round trips, rules, and everything that it refuses."""
 
 import json
-import pathlib
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors import safe_open
 
 import ref
+from conformance.vectors import parts_of, stored
 from conformance.weights import draw_weight
 from ref.element import NAMED, Float
 from ref.format import Format
 from ref.layouts import fp8
 
-GOLDEN = pathlib.Path(__file__).parents[2] / "conformance/golden/fp8.safetensors"
-with safe_open(GOLDEN, "pt") as _file:
-    CASES = json.loads(_file.metadata()["cases"])
+CASES, TENSORS = stored("fp8")
 
 
 def golden(name):
-    with safe_open(GOLDEN, "pt") as file:
-        parts = {key.split("/")[1]: file.get_tensor(key) for key in file.keys() if key.split("/")[0] == name}  # noqa: SIM118
-    return parts, parts.pop("expected"), CASES[name]["config"]
+    return *parts_of(TENSORS, name), CASES[name]["config"]
 
 
 def same(a, b):

@@ -1,25 +1,20 @@
 """GGUF's block types against the gguf package's own decoder, round trips, and what is refused."""
 
-import json
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from safetensors import safe_open
 
 import ref
+from conformance.vectors import stored
 from conformance.weights import draw_weight
 from ref.layouts import gguf, gguf_grids
 from ref.layouts.gguf_blocks import BLOCKS
 from ref.layouts.gguf_fields import half, levels, strided
 
-GOLDEN = Path(__file__).parents[2] / "conformance" / "golden" / "gguf.safetensors"
-with safe_open(GOLDEN, "pt") as file:
-    TENSORS = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    CASES = json.loads(file.metadata()["cases"])
+CASES, TENSORS = stored("gguf")
 # Types whose scale is stored as it is; the others factor it.
 ONE_LEVEL = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL", "MXFP4", "NVFP4", "Q1_0")
 TWO_LEVELS = tuple(sorted(set(BLOCKS) - set(ONE_LEVEL) - {"TQ1_0", "TQ2_0"}))

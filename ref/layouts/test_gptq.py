@@ -1,16 +1,14 @@
 """GPTQ: golden layers of AutoGPTQ and GPTQModel, round trips, refusals."""
 
-import json
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
-from safetensors import safe_open
 
 import ref
+from conformance.vectors import parts_of, stored
 from conformance.weights import draw_weight
 from ref.layouts import gptq
 
@@ -19,15 +17,8 @@ LAYER = "model.layers.0.mlp.up_proj"
 
 def golden(layout):
     """{case: (config, parts, expected)} of conformance/golden/<layout>.safetensors."""
-    path = Path(__file__).parents[2] / "conformance" / "golden" / f"{layout}.safetensors"
-    with safe_open(path, "pt") as file:
-        cases = json.loads(file.metadata()["cases"])
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-    found = {}
-    for case, about in cases.items():
-        parts = {name.rpartition("/")[2]: t for name, t in tensors.items() if name.rpartition("/")[0] == case}
-        found[case] = (about["config"], parts, parts.pop("expected"))
-    return found
+    cases, tensors = stored(layout)
+    return {case: (about["config"], *parts_of(tensors, case)) for case, about in cases.items()}
 
 
 GOLDEN = golden("gptq")

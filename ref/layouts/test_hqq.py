@@ -1,31 +1,22 @@
 """HQQ: its own tensors read bit for bit, written back byte for byte, and what is refused."""
 
-import json
-import pathlib
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors import safe_open
 
 import ref
+from conformance.vectors import parts_of, stored
 from conformance.weights import draw_weight
 from ref.layouts.hqq import DTYPES, FORMATS, config_of, find, options, read, write
 from ref.qtensor import equal
 from ref.scale import untile
 
-with safe_open(pathlib.Path(__file__).parents[2] / "conformance/golden/hqq.safetensors", "pt") as file:
-    CASES = json.loads(file.metadata()["cases"])
-    GOLDEN = {name: {} for name in CASES}
-    for key in file.keys():  # noqa: SIM118
-        name, _, part = key.partition("/")
-        GOLDEN[name][part] = file.get_tensor(key)
+CASES, TENSORS = stored("hqq")
 
 
 def split(name):
-    parts = dict(GOLDEN[name])
-    return parts, parts.pop("expected")
+    return parts_of(TENSORS, name)
 
 
 def same(a, b):
@@ -130,7 +121,7 @@ def test_scales_and_zeros_stacked():
 
 
 def test_find():
-    parts = [p for p in GOLDEN["b4_axis1"] if p != "expected"]
+    parts = list(split("b4_axis1")[0])
     names = [f"model.layers.0.up.{p}" for p in parts] + ["model.layers.0.up.bias", "model.norm.weight"]
     assert find(names, {}) == {"model.layers.0.up": {p: f"model.layers.0.up.{p}" for p in parts}}
 

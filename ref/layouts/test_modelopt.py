@@ -1,23 +1,18 @@
 import json
-import pathlib
 from dataclasses import replace
 
 import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given
-from safetensors import safe_open
 
 import ref
+from conformance.vectors import stored
 from conformance.weights import draw_weight
-from ref import layouts
 from ref.layouts import modelopt
 from ref.scale import decode_scale
 
-GOLDEN = pathlib.Path(layouts.__file__).parents[2] / "conformance/golden/modelopt.safetensors"
-with safe_open(GOLDEN, "pt") as _file:
-    CASES = json.loads(_file.metadata()["cases"])
-    TENSORS = {name: _file.get_tensor(name) for name in _file.keys()}  # noqa: SIM118
+CASES, TENSORS = stored("modelopt")
 REFUSED = ("int4_awq", "w4a8_awq", "int8_smoothquant")
 
 

@@ -1,21 +1,14 @@
-import json
-import pathlib
-
 import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given
-from safetensors import safe_open
 
 import ref
+from conformance.vectors import stored
 from conformance.weights import draw_weight
-from ref import layouts
 from ref.layouts import mxfp4
 
-GOLDEN = pathlib.Path(layouts.__file__).parents[2] / "conformance/golden/mxfp4.safetensors"
-with safe_open(GOLDEN, "pt") as _file:
-    CASES = json.loads(_file.metadata()["cases"])
-    TENSORS = {name: _file.get_tensor(name) for name in _file.keys()}  # noqa: SIM118
+CASES, TENSORS = stored("mxfp4")
 LAYER = "model.layers.0.mlp.experts.gate_up_proj"
 
 

@@ -1,35 +1,29 @@
 """torchao: its own tensors read bit for bit, written back byte for byte, and what is refused."""
 
 import json
-import pathlib
 
 import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from safetensors import safe_open
 
 import ref
+from conformance.vectors import FOLDER, parts_of, stored
 from conformance.weights import draw_weight
 from ref.layouts.torchao import FORMATS, class_of, config_of, find, metadata_of, options, read, write
 from ref.layouts.torchao_tensors import swizzle, unswizzle
 from ref.qtensor import equal
 from ref.scale import untile
 
-GOLDEN, CASES = {}, {}
+CASES, TENSORS = {}, {}
 for golden in ("torchao", "torchao_cuda"):
-    path = pathlib.Path(__file__).parents[2] / f"conformance/golden/{golden}.safetensors"
-    if path.exists():
-        with safe_open(path, "pt") as file:
-            CASES |= json.loads(file.metadata()["cases"])
-            for key in file.keys():  # noqa: SIM118
-                name, _, part = key.partition("/")
-                GOLDEN.setdefault(name, {})[part] = file.get_tensor(key)
+    if (FOLDER / f"{golden}.safetensors").exists():
+        cases, tensors = stored(golden)
+        CASES, TENSORS = CASES | cases, TENSORS | tensors
 
 
 def split(name):
-    parts = dict(GOLDEN[name])
-    return parts, parts.pop("expected")
+    return parts_of(TENSORS, name)
 
 
 def same(a, b):
