@@ -301,3 +301,15 @@ def test_real_models(name, form, dtype):
 def _bias(router):
     bias = getattr(router, "e_score_correction_bias", None)
     return None if bias is None else bias.float()
+
+
+@pytest.mark.parametrize("given", [{"activation": "silu"}, {"activation": "silu", "limit": 1.0}, {"activation": "relu2_no_mul"}], ids=str)
+@pytest.mark.parametrize("x_format", ["int8_token", "fp8_e4m3_g16"])
+def test_the_activation_is_quantized_as_though_it_had_been_stored(x_format, given, monkeypatch):
+    pytest.importorskip("triton")
+    data = layer(h=32, i=40, n=16, route=Route(m=3, t=2, e=3, neg=2), x_format=x_format, data="normal", dtype="bf16", **given)
+    together = run(data, impl="triton")
+    # Planes are activated and quantized one after the other.
+    assert torch.equal(together, run(data, impl="triton", gemm_type="grouped_masked"))
+    monkeypatch.setattr(experts, "moe_activation", None)
+    assert torch.equal(together, run(data, impl="triton", gemm_type="grouped_contiguous"))

@@ -326,6 +326,31 @@ def test_prepared_stacks_need_no_qtensor_and_are_remembered():
     assert gone() is None
 
 
+def test_one_bias_is_built_in_and_others_are_not(monkeypatch):
+    from .moe import grouped_eager
+
+    made, prepare = [], grouped_eager.prepare
+    monkeypatch.setattr(grouped_eager, "prepare", lambda w, request, bias: made.append(bias) or prepare(w, request))
+    q, x, offsets = stack_of("int4_g32", 3, 9, 64), numbers(5, 64), offsets_of((1, 0, 4))
+    bias = numbers(3, 9)
+    for given in (bias, None, bias.clone(), bias, bias.clone(), bias.bfloat16()):
+        want = ref.moe.grouped_linear(x, q, offsets, given)
+        assert torch.equal(grouped_linear(x, q, offsets, given), want)
+    assert [None if b is None else b.data_ptr() for b in made] == [bias.data_ptr(), None, None]
+    made.clear()
+    prepared = prepare_experts(q, bias=bias)
+    assert made[0].data_ptr() == bias.data_ptr() and torch.equal(
+        grouped_linear(x, prepared, offsets, bias), grouped_linear(x, q, offsets, bias)
+    )
+    with pytest.raises(NotImplementedError, match="with this bias"):
+        grouped_linear(x, prepared, offsets, bias.clone())
+    made.clear()
+    grouped_linear(x, prepare_experts(q, bias=True), offsets, bias)
+    assert made == [None]
+    with pytest.raises(ValueError, match="bias has shape"):
+        prepare_experts(q, bias=bias[:2])
+
+
 def test_refusals():
     w, x, offsets = stack_of("int4_g32", 3, 9, 64), numbers(5, 64), offsets_of((1, 0, 4))
     blocks = ref.moe.moe_align_block_size(torch.tensor(ROUTES["any"]), 16, 3)

@@ -65,7 +65,7 @@ class Plan:
     def run(self, x, bias, x_scale, out):
         """out[m, n] = x w^T + bias, rounded once."""
         with contextlib.nullcontext() if self.device.index == torch.cuda.current_device() else torch.cuda.device(self.device):
-            codes, _, x_scale = self.quantizer(x, x_scale)
+            codes, _, x_scale, _ = self.quantizer(x, x_scale)
             if codes.shape[1] != self.k:
                 codes.view(torch.uint8)[:, self.k :] = 0
             m, whole = x.shape[0], self.whole and multiple_of_16(out)

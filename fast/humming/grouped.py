@@ -6,6 +6,7 @@ One rounding of each product, the same bits on every run: as fast.humming, by th
 import contextlib
 import itertools
 import json
+from dataclasses import replace
 
 import torch
 
@@ -23,11 +24,11 @@ def why_not(request):
     fmt = request.format
     if fmt is None:
         return "it multiplies by quantized weights"
-    if request.bias:
-        return "Humming adds the bias after the result has been rounded (prepare can build a 16-bit one in)"
+    if request.bias and (request.x_format is not None or fmt.scale_2 is not None or fmt.group == (0, 0)):
+        return "it can build a bias into weights without a second scale, for 16-bit activations, and would else add it after rounding"
     if request.group_index or fmt.hadamard:
         return "its experts' columns are neither reordered nor rotated"
-    reason = rules(request)
+    reason = rules(replace(request, bias=False))
     if reason is None and torch.cuda.get_device_capability(request.device) != CAPABILITY:
         return "its tiles for experts are chosen for compute capability 9.0"
     return reason
@@ -62,13 +63,13 @@ def prepare(w, request, bias=None):
 
     Args:
         w: QTensor (e, n, k).
-        bias: None, or (e, n), which becomes a part of the weights, and of every product before it is rounded: 16-bit activations only.
+        bias: None, or (e, n), which becomes a part of the weights, and of every product before it is rounded.
 
     Raises:
         NotImplementedError: values that Humming would change, or a weight that its tiles do not fit.
     """
-    if bias is not None and (request.x_format is not None or w.scale_2 is not None or w.format.group == (0, 0)):
-        raise NotImplementedError("a bias is built into weights that have no second scale, for 16-bit activations")
+    if request.bias and bias is None:
+        raise NotImplementedError("Humming adds a bias after the result has been rounded, but for the one that it is prepared with")
     from humming.ops.utils import init_humming_launcher
 
     with torch.cuda.device(request.device):
@@ -137,14 +138,14 @@ class GroupedPlan:
     def run(
         self, x, bias, x_scale, out, *, sorted_token_ids, expert_ids, num_tokens_post_padded, top_k, topk_weights=None, block_size, trusted=False
     ):  # fmt: skip
-        """As ByBlocks.run.
+        """As ByBlocks.run, but for the bias, which is in the weights already.
 
         Args:
             x: (m, k); or (m, self.k) as the kernel reads it, with zeros past k and ones in column self.ones.
             trusted: all blocks are of experts that exist, as moe_align_block_size with ignore_invalid_experts makes them. Then, if their
                 size is one of block_sizes, nothing looks at them again.
         """
-        _refuse(bias, topk_weights)
+        _refuse(topk_weights)
         blocks, rows = (sorted_token_ids, expert_ids, num_tokens_post_padded), block_size
         with self._device():
             a, a_scale = self._input(x, x_scale)
@@ -161,7 +162,6 @@ class GroupedPlan:
 
     def contiguous(self, x, offsets, bias, x_scale, out, trusted=False):
         """As ByBlocks.contiguous. trusted: offsets ascend from 0 to at most r, and rows of out behind the last may stay as they are."""
-        _refuse(bias, None)
         if not trusted:
             offsets = offsets.clamp(0, x.shape[0]).cummax(0)[0]
             out.zero_()
@@ -169,7 +169,6 @@ class GroupedPlan:
 
     def masked(self, x, counts, bias, x_scale, out, trusted=False):
         """As ByBlocks.masked. trusted: counts are at most max_tokens, and rows of out from counts[e] on may stay as they are."""
-        _refuse(bias, None)
         e, most, k = x.shape
         if not trusted:
             counts = counts.clamp(0, most)
@@ -216,7 +215,6 @@ class GroupedPlan:
         )  # fmt: skip
 
 
-def _refuse(bias, topk_weights):
-    if bias is not None or topk_weights is not None:
-        what = "the bias" if bias is not None else "a router's weight"
-        raise NotImplementedError(f"Humming applies {what} to nothing before the result has been rounded; impl 'triton' can")
+def _refuse(topk_weights):
+    if topk_weights is not None:
+        raise NotImplementedError("Humming applies a router's weight to nothing before the result has been rounded; impl 'triton' can")

@@ -105,7 +105,7 @@ class Plan:
 def kernel_input(x, x_scale, quantizer, grouped, k):
     """x as the kernel reads it, (m, k) with whole 16-byte rows and zeros past its end, and the scales of its rows or groups."""
     if quantizer is not None:
-        codes, groups, scale = quantizer(x, x_scale)
+        codes, groups, scale, _ = quantizer(x, x_scale)
         if x.shape[1] != k:
             codes.view(torch.uint8)[:, x.shape[1] :] = 0
         return codes, groups if grouped else scale

@@ -115,20 +115,25 @@ class Layer:
         """
         self.plans, self.block, self.act, self.biases, self.columns, self.impl, self.whole = plans, block, act, biases, columns, impl, whole
 
-    def __call__(self, product, x, rows):
+    def __call__(self, product, x, rows, flat=True):
         """x's rows through the experts: (rows, h').
 
         Args:
-            product: (plan, x, bias, out, stage) -> None.
+            product: (plan, x, bias, out, stage) -> None. flat: it takes rows that are quantized already.
         """
-        spaces = Workspaces(x, rows, self.columns)
+        quantizer = getattr(self.plans[1], "quantizer", None) if flat and not self.whole else None
+        first, inner, last = self.columns
+        spaces = Workspaces(x, rows, (first, inner if quantizer is None else 0, last))
         gate_up, hidden, down = (spaces[stage] for stage in range(3))
         if self.whole:
             # The largest of all rows decides, and those that nobody writes must not have a say.
             gate_up.zero_()
         product(self.plans[0], x, self.biases[0], gate_up, 0)
         name, parameters = self.act
-        moe_activation(gate_up, name, **parameters, impl=self.impl, out=hidden)
+        if quantizer is None:
+            moe_activation(gate_up, name, **dict(parameters), impl=self.impl, out=hidden)
+        else:
+            hidden = quantizer.activated(gate_up, name, parameters)
         product(self.plans[1], hidden, self.biases[1], down, 1)
         return down
 
@@ -176,7 +181,7 @@ def grouped_masked(layer, x, topk_weights, topk_ids, expert_map, experts, everyw
     def product(plan, a, bias, out, stage):
         plan.masked(a.view(experts, most, -1), counts, bias, None, out.view(experts, most, -1), **known[stage])
 
-    down = layer(product, planes.view(experts * most, -1), experts * most)
+    down = layer(product, planes.view(experts * most, -1), experts * most, flat=False)
     moe_unpermute(down, topk_weights, inverse, impl=layer.impl, out=y)
 
 
@@ -249,16 +254,16 @@ def check(x, w13, w2, topk_weights, topk_ids, activation, expert_map, bias13, bi
     if on_input and topk_ids.shape[1] != 1:
         raise ValueError(f"fused_experts: apply_router_weight_on_input needs top_k = 1, got {topk_ids.shape[1]}")
     e, n, _ = first.shape
-    inner = _inner(n, activation, given)
+    inner, parameters = _activation(n, activation, given)
     second = _second(w2, e, inner, bias2, x)
-    return first, second, (activation, dict(given))
+    return first, second, (activation, parameters)
 
 
 @functools.lru_cache(maxsize=256)
-def _inner(n, activation, given):
-    """Columns of the activation's result."""
-    check_activation(torch.empty(0, n), activation, **dict(given))
-    return n // 2 if ACTIVATIONS[activation].gated else n
+def _activation(n, activation, given):
+    """Columns of the activation's result, and its parameters with defaults, as pairs."""
+    parameters = check_activation(torch.empty(0, n), activation, **dict(given))
+    return n // 2 if ACTIVATIONS[activation].gated else n, tuple(parameters.items())
 
 
 def _second(w2, experts, inner, bias, x):

@@ -17,7 +17,7 @@ def why_not(request):
     return None
 
 
-def prepare(w, request):
+def prepare(w, request, bias=None):
     return GroupedPlan(w, request)
 
 

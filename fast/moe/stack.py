@@ -13,8 +13,8 @@ from ref.qtensor import TENSORS, QTensor, check_parts
 from .. import dispatch
 from ..request import Request
 
-# Each has why_not(request) and prepare(w, request) -> a plan as fast.moe.blocks.ByBlocks describes it. request.shape is (e, n, k), and
-# request.format is None where w is a plain tensor. Imported when they are first asked for.
+# Each has why_not(request) and prepare(w, request, bias) -> a plan as fast.moe.blocks.ByBlocks describes it. request.shape is (e, n, k), and
+# request.format is None where w is a plain tensor; bias: what every call of the plan brings, or None. Imported when they are first asked for.
 IMPLEMENTATIONS = {"torch": "fast.moe.grouped_eager", "triton": "fast.triton.grouped", "humming": "fast.humming.grouped"}
 X_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # Rows that a block may have; plans are chosen for each.
@@ -37,6 +37,8 @@ class Stack:
         self.shape = tuple(w.shape)
         self.device = w.packed.device if self.quantized else w.device
         self.group_index = self.quantized and w.group_index is not None
+        # The first bias that came, which kernels may build into the weights; calls with another are of another kind.
+        self.bias = None
         self.kinds, self.made = {}, {}
         self.number = next(_NUMBERS)
         BY_NUMBER[self.number] = self
@@ -52,7 +54,10 @@ class Stack:
             NotImplementedError, ExceptionGroup: no implementation can do it.
         """
         block = block_size_for(rows)
-        kind = (x_dtype, x_format, impl, deterministic, bias is None, x_scale is None, block, weighed)
+        if self.bias is None and bias is not None:
+            self.bias = bias.detach()
+        own = bias is not None and (bias.data_ptr(), bias.dtype) == (self.bias.data_ptr(), self.bias.dtype)
+        kind = (x_dtype, x_format, impl, deterministic, bias is None, own, x_scale is None, block, weighed)
         plan = self.kinds.get(kind)
         if plan is None:
             parsed = None if x_format is None else parse_format(x_format)
@@ -68,7 +73,7 @@ class Stack:
                 bias is not None,
                 self.group_index,
             )
-            plan = self.kinds[kind] = self._make(operation, request, impl, weighed)
+            plan = self.kinds[kind] = self._make(operation, request, impl, weighed, self.bias if own else None)
         return plan
 
     def _check_input(self, operation, x_format, x_scale):
@@ -82,10 +87,11 @@ class Stack:
                 f"{operation}: k={self.shape[2]} is no multiple of the rotation's block {x_format.hadamard} in x_format={x_format}"
             )
 
-    def _make(self, operation, request, impl, weighed):
+    def _make(self, operation, request, impl, weighed, bias):
         if self.w is None:
+            other = " with this bias" if request.bias else ""
             raise NotImplementedError(
-                f"{operation}: {self!r} was prepared for other calls than {describe(request)}: prepare it for this one, too"
+                f"{operation}: {self!r} was prepared for other calls than {describe(request)}{other}: prepare it for this one, too"
             )
         reasons = []
         # Humming has no place for a router's weights.
@@ -94,9 +100,10 @@ class Stack:
             reason = refusal(operation, name, request)
             if reason is None:
                 try:
-                    if (name, request) not in self.made:
-                        self.made[name, request] = implementation(operation, name).prepare(self.w, request)
-                    return self.made[name, request]
+                    made = name, request, bias is None
+                    if made not in self.made:
+                        self.made[made] = implementation(operation, name).prepare(self.w, request, bias)
+                    return self.made[made]
                 except NotImplementedError as error:
                     reason = str(error)
             reasons.append(NotImplementedError(f"{operation}: impl {name!r} cannot run {describe(request)}: {reason}"))
@@ -163,7 +170,9 @@ def prepare_experts(w, *, x_dtype=torch.bfloat16, x_format=None, static_scale=Fa
     then the QTensor stays in memory too. Kernels are compiled at the first call of their kind: make one before capturing a CUDA graph.
 
     Args:
-        w: QTensor (e, n, k). The rest: as fast.prepare.
+        w: QTensor (e, n, k).
+        bias: whether calls bring one; or the one (e, n) that they all bring, which must not be written to: Humming can build it in.
+        The rest: as fast.prepare.
 
     Returns:
         Stack: what the grouped operations take in place of w, for calls of this kind.
@@ -175,11 +184,23 @@ def prepare_experts(w, *, x_dtype=torch.bfloat16, x_format=None, static_scale=Fa
         raise ValueError(f"prepare_experts: w is {w!r}, expected a QTensor (experts, n, k)")
     if x_dtype not in X_DTYPES:
         raise TypeError(f"prepare_experts: x_dtype is {x_dtype}, expected torch.float16, torch.bfloat16 or torch.float32")
+    if isinstance(bias, torch.Tensor) and tuple(bias.shape) != tuple(w.shape[:2]):
+        raise ValueError(f"prepare_experts: bias has shape {tuple(bias.shape)}, expected {tuple(w.shape[:2])}: (experts, n) of w")
     stack = Stack(w)
     given = torch.ones(1, device=stack.device)
+    if bias is True:
+        # None that a call brings is this one.
+        bias, stack.bias = given, torch.empty(0, device=stack.device)
     for block in BLOCK_SIZES:
         stack.plan(
-            "prepare_experts", x_dtype, x_format, impl, deterministic, given if bias else None, given if static_scale else None, block
+            "prepare_experts",
+            x_dtype,
+            x_format,
+            impl,
+            deterministic,
+            None if bias is False else bias,
+            given if static_scale else None,
+            block,
         )
     stack.w = None
     stack.made.clear()

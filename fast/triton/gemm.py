@@ -246,7 +246,7 @@ class GemmPlan:
         scale_x = scale_x_2 = self.nothing
         stride_xs = 0
         if self.quantizer is not None:
-            x, scale_x, scale_x_2 = self.quantizer(x, x_scale)
+            x, scale_x, scale_x_2, _ = self.quantizer(x, x_scale)
             stride_xs = scale_x.shape[-1]
         if bias is not None and bias.dtype == torch.float64:
             bias = bias.float()

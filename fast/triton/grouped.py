@@ -30,8 +30,8 @@ def plain(request):
     return replace(request, format=replace(request.format, hadamard=0)) if request.format is not None else request
 
 
-def prepare(w, request):
-    """A plan for one stack, from the first kernel that takes the request; see fast.moe.blocks.ByBlocks.
+def prepare(w, request, bias=None):
+    """A plan for one stack, from the first kernel that takes the request; see fast.moe.blocks.ByBlocks. Biases are as each call brings them.
 
     Raises:
         NotImplementedError: none does.

@@ -76,10 +76,14 @@ class Launcher:
         self.compiled = {}
 
     def __call__(self, kind, grid, args, constants, options):
-        """Launch on the current device's current stream; args and constants in the order of the kernel's signature."""
+        """Launch on the current stream of the first tensor's device; args and constants in the order of the kernel's signature."""
         first = args[0]
         if interprets(first.device):
             self.function.interpret(grid, *args, **constants)
+            return
+        if first.device.index != torch.cuda.current_device():
+            with torch.cuda.device(first.device):
+                self(kind, grid, args, constants, options)
             return
         held = self.compiled.get(kind)
         if held is None:

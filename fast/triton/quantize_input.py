@@ -4,19 +4,39 @@ The numbers are the values of the codes (int8, fp8, or a 16-bit float that holds
 ref.quantize_input gives, bit for bit: quotients are rounded once.
 """
 
+import functools
+from typing import NamedTuple
+
 import torch
 import triton.language as tl
 
 from ref.element import Int, max_value, min_value
 from ref.format import SCALE_DTYPES
+from ref.moe.check import ACTIVATIONS
 
-from .decode import to_float32
+from .decode import round_to_output, to_float32
 from .jit import Launcher, device_function, interprets, kernel, multiple_of_16, stride_kind
+from .moe_activation import constexprs, load_activated
 
 SMALLEST_SCALE = 1e-30
 GROUP_COLUMNS = 2048  # of one block, where groups are quantized
 ROW_COLUMNS = 16384  # of the longest row that stays in registers
 LOOP_COLUMNS = 8192  # of longer ones, at a time
+# x is quantized as it is.
+AS_IT_IS = {"ACT": "none", "GATED": False, "INTERLEAVED": False, "LIMIT": None, "ALPHA": None, "BETA": None, "UP_BETA": None}
+
+
+@device_function
+def load_x(
+    row, column, inside, k, ACT: tl.constexpr, GATED: tl.constexpr, INTERLEAVED: tl.constexpr, LIMIT: tl.constexpr, ALPHA: tl.constexpr,
+    BETA: tl.constexpr, UP_BETA: tl.constexpr, INTERPRET: tl.constexpr,
+):  # fmt: skip
+    """Columns of a row of x, zero where not inside, in x's dtype; with ACT float32: the activation of x, rounded to x's dtype as a store would."""
+    if ACT == "none":
+        return tl.load(row + column, mask=inside, other=0)
+    else:
+        v = load_activated(row, column, k, ACT, GATED, INTERLEAVED, LIMIT, ALPHA, BETA, UP_BETA, INTERPRET)
+        return tl.where(inside, to_float32(round_to_output(v, row.dtype.element_ty)), 0.0)
 
 
 @device_function
@@ -160,7 +180,10 @@ def row_kernel(
     codes, scale, x, given, peak, m, k, stride_x, stride_c, top,
     SOURCE: tl.constexpr, KIND: tl.constexpr, BIAS: tl.constexpr, SCALE_MANTISSA: tl.constexpr, TOP: tl.constexpr, TINY: tl.constexpr,
     QUANTUM: tl.constexpr, INTEGER: tl.constexpr, MANTISSA: tl.constexpr, FLOOR: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr,
-    NAN: tl.constexpr, COLUMNS: tl.constexpr, ONCE: tl.constexpr, INTERPRET: tl.constexpr,
+    NAN: tl.constexpr, COLUMNS: tl.constexpr, ONCE: tl.constexpr,
+    ACT: tl.constexpr, GATED: tl.constexpr, INTERLEAVED: tl.constexpr, LIMIT: tl.constexpr, ALPHA: tl.constexpr, BETA: tl.constexpr,
+    UP_BETA: tl.constexpr,
+    INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """One row a block. SOURCE of its scale: the "row" itself, the "peak" of all rows, or "given". ONCE: COLUMNS hold it."""
     row = tl.program_id(0)
@@ -168,7 +191,7 @@ def row_kernel(
     x_row = x + row.to(tl.int64) * stride_x
     if ONCE:
         column = tl.arange(0, COLUMNS)
-        row_x = tl.load(x_row + column, mask=column < k, other=0)
+        row_x = load_x(x_row, column, column < k, k, ACT, GATED, INTERLEAVED, LIMIT, ALPHA, BETA, UP_BETA, INTERPRET)
     if SOURCE == "given":
         s = tl.load(given)
     else:
@@ -178,7 +201,7 @@ def row_kernel(
             u = tl.full((COLUMNS,), 0, tl.int32)
             for start in range(0, k, COLUMNS):
                 column = start + tl.arange(0, COLUMNS)
-                v = to_float32(tl.load(x_row + column, mask=column < k, other=0))
+                v = to_float32(load_x(x_row, column, column < k, k, ACT, GATED, INTERLEAVED, LIMIT, ALPHA, BETA, UP_BETA, INTERPRET))
                 u = tl.maximum(u, magnitude_bits(v))
             largest = tl.reduce(u, 0, tl.standard._elementwise_max)
         else:
@@ -197,18 +220,25 @@ def row_kernel(
     else:
         for start in range(0, k, COLUMNS):
             column = start + tl.arange(0, COLUMNS)
-            v = to_float32(tl.load(x_row + column, mask=column < k, other=0))
+            v = to_float32(load_x(x_row, column, column < k, k, ACT, GATED, INTERLEAVED, LIMIT, ALPHA, BETA, UP_BETA, INTERPRET))
             t = divide(v, s, s, False, INTERPRET)
             c = round_to_element(v, t, ELEMENT, INTEGER, MANTISSA, FLOOR, LOW, HIGH, NAN, SOURCE != "given")
             tl.store(c_row + column, c, mask=column < k)
 
 
 @device_function
-def load_groups(x_row, first, k, GROUP: tl.constexpr, GROUPS: tl.constexpr, COLUMNS: tl.constexpr):
+def load_groups(
+    x_row, first, k, GROUP: tl.constexpr, GROUPS: tl.constexpr, COLUMNS: tl.constexpr,
+    ACT: tl.constexpr, GATED: tl.constexpr, INTERLEAVED: tl.constexpr, LIMIT: tl.constexpr, ALPHA: tl.constexpr, BETA: tl.constexpr,
+    UP_BETA: tl.constexpr,
+    INTERPRET: tl.constexpr,
+):  # fmt: skip
     """GROUPS groups of a row, float32 (GROUPS, COLUMNS), zero past their ends."""
     within = tl.arange(0, COLUMNS)[None, :]
     column = (first + tl.arange(0, GROUPS))[:, None] * GROUP + within
-    return to_float32(tl.load(x_row + column, mask=(within < GROUP) & (column < k), other=0))
+    return to_float32(
+        load_x(x_row, column, (within < GROUP) & (column < k), k, ACT, GATED, INTERLEAVED, LIMIT, ALPHA, BETA, UP_BETA, INTERPRET)
+    )
 
 
 @device_function
@@ -223,7 +253,10 @@ def group_kernel(
     codes, scale, scale_2, x, given, m, k, groups, stride_x, stride_c, top,
     SECOND: tl.constexpr, GROUP: tl.constexpr, KIND: tl.constexpr, BIAS: tl.constexpr, SCALE_MANTISSA: tl.constexpr, TOP: tl.constexpr,
     TINY: tl.constexpr, QUANTUM: tl.constexpr, INTEGER: tl.constexpr, MANTISSA: tl.constexpr, FLOOR: tl.constexpr, LOW: tl.constexpr,
-    HIGH: tl.constexpr, NAN: tl.constexpr, GROUPS: tl.constexpr, COLUMNS: tl.constexpr, INTERPRET: tl.constexpr,
+    HIGH: tl.constexpr, NAN: tl.constexpr, GROUPS: tl.constexpr, COLUMNS: tl.constexpr,
+    ACT: tl.constexpr, GATED: tl.constexpr, INTERLEAVED: tl.constexpr, LIMIT: tl.constexpr, ALPHA: tl.constexpr, BETA: tl.constexpr,
+    UP_BETA: tl.constexpr,
+    INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """Some groups of a row a block; all of the row where SECOND is "token", whose scale_2 follows from the largest scale of the row."""
     row = tl.program_id(0)
@@ -236,7 +269,7 @@ def group_kernel(
         last = groups
         peak = tl.full((GROUPS,), 0, tl.int32)
         for g in range(first, last, GROUPS):
-            v = load_groups(x_row, g, k, GROUP, GROUPS, COLUMNS)
+            v = load_groups(x_row, g, k, GROUP, GROUPS, COLUMNS, ACT, GATED, INTERLEAVED, LIMIT, ALPHA, BETA, UP_BETA, INTERPRET)
             peak = tl.maximum(peak, magnitude_bits(four_bits(v, top, INTERPRET)))
         largest = tl.reduce(peak, 0, tl.standard._elementwise_max).to(tl.float32, bitcast=True)
         s_2 = round_up(tl.div_rn(largest, 448.0), "e8m0", 127, 0, 2.0**127, 0.0, 1.0)
@@ -244,7 +277,7 @@ def group_kernel(
     else:
         s_2 = 1.0
     for g in range(first, last, GROUPS):
-        v = load_groups(x_row, g, k, GROUP, GROUPS, COLUMNS)
+        v = load_groups(x_row, g, k, GROUP, GROUPS, COLUMNS, ACT, GATED, INTERLEAVED, LIMIT, ALPHA, BETA, UP_BETA, INTERPRET)
         if SECOND == "token":
             s = tl.div_rn(four_bits(v, top, INTERPRET), s_2)
         else:
@@ -261,8 +294,17 @@ def group_kernel(
         tl.store(codes + row.to(tl.int64) * stride_c + column, c, mask=(within < GROUP) & (column < k))
 
 
+class Quantized(NamedTuple):
+    """numbers (m, k), rows padded; group scales (m, groups) or a placeholder; scales (m,) or (1,), or a placeholder; (m, k)."""
+
+    numbers: torch.Tensor
+    groups: torch.Tensor
+    scale: torch.Tensor
+    shape: tuple
+
+
 class InputQuantizer:
-    """Quantizes x by the rules of one activation format: quantizer(x, x_scale) -> (numbers, group scales, scale of rows or of all).
+    """Quantizes x by the rules of one activation format: quantizer(x, x_scale) -> Quantized.
 
     row_scale: "token", "tensor" or "none": what the third result is.
     """
@@ -292,22 +334,31 @@ class InputQuantizer:
     def __call__(self, x, x_scale):
         """
         Args:
-            x: (m, k), columns adjacent.
+            x: (m, k), columns adjacent; or what is Quantized already.
             x_scale: one number for a static format, else None.
-
-        Returns:
-            numbers (m, k) of self.dtype, rows padded; group scales (m, groups) or a placeholder; scales (m,) or (1,), or a placeholder.
         """
-        m, k = x.shape
+        return x if isinstance(x, Quantized) else self._quantized(x, x_scale, x.shape[1], AS_IT_IS)
+
+    def activated(self, x, activation, parameters):
+        """The activation of x, rounded to x's dtype and then quantized, in one launch. x: (m, 2 k), or (m, k) where there is no up.
+
+        Scales of tensors are not for it.
+        """
+        constants = _activation(activation, parameters)
+        return self._quantized(x, None, x.shape[1] // (2 if constants["GATED"] else 1), constants)
+
+    def _quantized(self, x, x_scale, k, activation):
+        m = x.shape[0]
         interpret = interprets(x.device)
         numbers = torch.empty((m, -(-k // 16) * 16), dtype=self.dtype, device=x.device)
         if x_scale is not None:
             x_scale = x_scale.reshape(1).float()
-        kind = (multiple_of_16(x), stride_kind(x.stride(0)), k)
+        kind = (multiple_of_16(x), stride_kind(x.stride(0)), k, *activation.values())
         if self.group:
-            return self._grouped(x, x_scale, numbers, kind, interpret)
+            return self._grouped(x, x_scale, numbers, kind, interpret, k, activation)
         columns = max(16, _power_of_two(k))
-        once = columns <= ROW_COLUMNS
+        # Gates take registers of their own.
+        once = columns <= (ROW_COLUMNS if activation is AS_IT_IS else LOOP_COLUMNS)
         columns = columns if once else LOOP_COLUMNS
         # 16 bytes at a time, twice or more.
         warps = {"num_warps": min(16, max(4, columns // 512))}
@@ -321,13 +372,14 @@ class InputQuantizer:
             source = "peak"
             peak = torch.zeros(1, dtype=torch.int32, device=x.device)
             self.peaks(kind, (m, 1, 1), (peak, x, m, k, x.stride(0)), {"COLUMNS": columns}, warps)
-        constants = {"SOURCE": source} | self.scale | self.element | {"COLUMNS": columns, "ONCE": once, "INTERPRET": interpret}
+        constants = {"SOURCE": source} | self.scale | self.element | {"COLUMNS": columns, "ONCE": once}
+        constants |= activation | {"INTERPRET": interpret}
         args = (numbers, scale, x, scale, peak, m, k, x.stride(0), numbers.stride(0), self.top)
         self.rows(kind, (m, 1, 1), args, constants, warps)
-        return numbers, scale, scale
+        return Quantized(numbers, scale, scale, (m, k))
 
-    def _grouped(self, x, x_scale, numbers, kind, interpret):
-        m, k = x.shape
+    def _grouped(self, x, x_scale, numbers, kind, interpret, k, activation):
+        m = x.shape[0]
         number = -(-k // self.group)
         scale = torch.empty((m, number), dtype=torch.float32, device=x.device)
         scale_2 = x_scale if x_scale is not None else scale
@@ -337,10 +389,17 @@ class InputQuantizer:
         groups = max(1, min(GROUP_COLUMNS // columns, _power_of_two(number)))
         blocks = 1 if self.row_scale == "token" else -(-number // groups)
         constants = {"SECOND": self.row_scale, "GROUP": self.group} | self.scale | self.element
-        constants |= {"GROUPS": groups, "COLUMNS": columns, "INTERPRET": interpret}
+        constants |= {"GROUPS": groups, "COLUMNS": columns} | activation | {"INTERPRET": interpret}
         args = (numbers, scale, scale_2, x, scale_2, m, k, number, x.stride(0), numbers.stride(0), self.top)
         self.groups(kind, (m, blocks, 1), args, constants, {"num_warps": 4})
-        return numbers, scale, scale_2
+        return Quantized(numbers, scale, scale_2, (m, k))
+
+
+@functools.cache
+def _activation(name, parameters):
+    """The constexprs of an activation, its parameters given as pairs."""
+    constants = constexprs(name, ACTIVATIONS[name], dict(parameters))
+    return {"ACT": constants.pop("KIND")} | constants
 
 
 def _scale_constants(name, target):
