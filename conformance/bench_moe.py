@@ -33,7 +33,7 @@ from .oracle import Disagreement
 
 @dataclass(frozen=True)
 class Model:
-    """Shapes of one layer. h: columns of x. i: rows of each of gate and up, on this rank."""
+    """Shapes of one layer. h: columns of x. i: rows of each of gate and up, on this rank. biased: both products have biases, bf16."""
 
     experts: int
     top_k: int
@@ -41,6 +41,7 @@ class Model:
     i: int
     format: str = "int4_g128_bf16"
     activation: str = "silu"
+    biased: bool = False
 
     @property
     def shapes(self):
@@ -49,7 +50,7 @@ class Model:
 
 MODELS = {
     "Qwen3-30B-A3B": Model(128, 8, 2048, 768),
-    "GPT-OSS-120B": Model(128, 4, 2880, 2880, "mxfp4", "swigluoai"),
+    "GPT-OSS-120B": Model(128, 4, 2880, 2880, "mxfp4", "swigluoai", biased=True),
     "DeepSeek-V3 TP8": Model(256, 8, 7168, 256),
 }
 ROWS, ROUTINGS, ROUTES, SAMPLE = (1, 16, 64, 256, 1024, 4096), ("uniform", "zipf"), 16, 6
@@ -87,6 +88,12 @@ def draw_weights(model, device):
     return found
 
 
+def draw_biases(model, device):
+    """(experts, n) of both products, bf16, or two times None."""
+    random = torch.Generator(device).manual_seed(model.i)
+    return [torch.randn(e, n, device=device, generator=random).to(BF16) if model.biased else None for e, n, _ in model.shapes]
+
+
 def draw_router(m, top_k, device):
     """Weights (m, top_k), float32, that add up to one."""
     return torch.randn(m, top_k, device=device, generator=torch.Generator(device).manual_seed(m)).softmax(1)
@@ -107,13 +114,13 @@ def expert_bytes(model):
     return bytes_of_all
 
 
-def judge_of(model, weights, x, router, ids):
+def judge_of(model, weights, biases, x, router, ids):
     """A function of y (m, h): what is wrong with a sample of its tokens, as a sentence, or None."""
     rows = torch.linspace(0, len(x) - 1, min(len(x), SAMPLE), dtype=torch.float64).long().unique().to(x.device)
     route = Route(len(rows), model.top_k, model.experts)
     (dtype,) = (name for name, known in DTYPES.items() if known == x.dtype)
     case = ExpertsCase(route, model.h, model.i, model.h, model.format, activation=model.activation, dtype=dtype, data="normal")
-    data = ExpertsData(case, x[rows], *weights, None, None, router[rows], False)
+    data = ExpertsData(case, x[rows], *weights, *biases, router[rows], False)
     data.ids, data.local, data.live = ids[rows], ids[rows].long(), torch.ones_like(ids[rows], dtype=torch.bool)
     truth = Truth(data, x.device)
 
@@ -131,13 +138,13 @@ class Layer:
 
     def __init__(self, fast, name, device):
         self.fast, self.name, self.model, self.device = fast, name, MODELS[name], device
-        self.weights = draw_weights(self.model, device)
+        self.weights, self.biases = draw_weights(self.model, device), draw_biases(self.model, device)
         # By name: conformance depends on no candidate and on no kernel library.
         self.experts, self.stacks = (importlib.import_module(f"{fast.__name__}.moe.{part}") for part in ("experts", "stack"))
         self.held = [self.stacks.remember(w) for w in self.weights]
 
     def plan(self, stack):
-        """A weight in Humming's layout; compiles at the first call."""
+        """A weight in Humming's layout, without its bias; compiles at the first call."""
         return stack.plan("bench", BF16, None, "humming", True, None, None, 64)
 
     def humming(self):
@@ -159,13 +166,16 @@ class Layer:
         return [lambda run=run: (run[0](), run[1]()) for run in products]
 
     def layer(self, cell, ids, impl=None):
-        given = {"activation": self.model.activation, "impl": impl, "out": cell.y}
+        given = {"activation": self.model.activation, "impl": impl, "out": cell.y} | self.given()
         return self.fast.fused_experts(cell.x, *self.held, cell.router, ids, **given)
+
+    def given(self):
+        return {"bias13": self.biases[0], "bias2": self.biases[1]}
 
     def ours(self, cell):
         """For each route: its two products alone, the blocks made beforehand."""
         kind, slots = (BF16, None, None, True), cell.x.shape[0] * self.model.top_k
-        block, plans = self.experts.plans_for(*self.held, kind, (None, None), slots, self.model.experts)
+        block, plans = self.experts.plans_for(*self.held, kind, self.biases, slots, self.model.experts)
         return [self._pair(plans, cell, blocks, block) for blocks in cell.blocks(block)]
 
     def _pair(self, plans, cell, blocks, block):
@@ -173,8 +183,8 @@ class Layer:
         given = {"sorted_token_ids": ids, "expert_ids": owners, "num_tokens_post_padded": end, "block_size": block}
         told = [{"trusted": True} if hasattr(plan, "block_sizes") else {} for plan in plans]
         return (
-            lambda: plans[0].run(cell.x, None, None, cell.gate_up, top_k=self.model.top_k, **given, **told[0]),
-            lambda: plans[1].run(cell.hidden, None, None, cell.down, top_k=1, **given, **told[1]),
+            lambda: plans[0].run(cell.x, self.biases[0], None, cell.gate_up, top_k=self.model.top_k, **given, **told[0]),
+            lambda: plans[1].run(cell.hidden, self.biases[1], None, cell.down, top_k=1, **given, **told[1]),
         )
 
     def raw(self, cell):
@@ -241,11 +251,12 @@ def measure(layer, m, routing, peers, bandwidth, peak):
         "outside": {},
         "errors": {},
     }
-    judge, graphs = judge_of(layer.model, layer.weights, cell.x, cell.router, cell.ids[0]), {}
+    judge, graphs = judge_of(layer.model, layer.weights, layer.biases, cell.x, cell.router, cell.ids[0]), {}
     for peer in peers:
         try:
             cell.y.fill_(float("nan"))
-            wrong = judge(layer.result(peer, cell)) if peer != AGAIN else None
+            # Humming's own products come without the bias that their layer has.
+            wrong = None if peer == AGAIN or (peer == RAW and layer.model.biased) else judge(layer.result(peer, cell))
             captured = bench.capture(layer.calls(peer, cell)) if wrong is None or peer == RAW else None
         except Exception as error:
             found["errors"][peer] = f"{type(error).__name__}: {error}"[:500]
@@ -311,7 +322,7 @@ def compile_ahead(layers, rows, peers):
         x = bench.draw_x(m, layer.model.h, layer.device)
         impl = {TRITON: "triton", HUMMING: "humming"}.get(peer)
         layer.fast.fused_experts(
-            x, *layer.held, draw_router(m, layer.model.top_k, layer.device), ids, activation=layer.model.activation, impl=impl
+            x, *layer.held, draw_router(m, layer.model.top_k, layer.device), ids, activation=layer.model.activation, impl=impl, **layer.given()
         )
 
     with ThreadPoolExecutor(os.cpu_count(), initializer=torch.cuda.set_device, initargs=(device,)) as pool:

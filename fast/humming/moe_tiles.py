@@ -36,17 +36,17 @@ class Tile:
 
 # Costs were fitted to a sweep on an H200: int4_g128_bf16, mxfp4 and e4m3 at the shapes of Qwen3-30B-A3B, GPT-OSS-120B and DeepSeek-V3, up to 4096 tokens.
 # EIGHT's are estimates.
-# 16-bit activations. Tiles of Humming's own table, and of tiles.py.
+# 16-bit activations. Few rows of an expert want narrow tiles, many of them at once: they leave no multiprocessor idle, whatever k is.
 HALF = (
-    Tile(8, 128, 128, (8, 32, 64), 4, 0.0, 36, blocks=3, alone=True),
-    Tile(8, 256, 128, (8, 64, 64), 4, 1.5, 35, blocks=2, alone=True),
-    Tile(16, 128, 64, (16, 32, 32), 4, 1.1, 26, blocks=2, wgmma=False, alone=True),
-    Tile(16, 128, 128, (16, 32, 64), 4, 0.5, 26, blocks=2, alone=True),
-    Tile(16, 256, 64, (16, 64, 64), 4, 1.6, 40, blocks=2, alone=True),
-    Tile(32, 128, 64, (32, 32, 64), 6, 1.1, 30, blocks=2, alone=True, more=OVERLAP),
-    Tile(32, 256, 64, (32, 32, 64), 6, 1.5, 46, blocks=2, alone=True, more=OVERLAP),
-    Tile(48, 128, 64, (48, 32, 64), 6, 1.2, 32, blocks=2, alone=True, more=OVERLAP),
-    Tile(48, 256, 64, (48, 32, 64), 4, 1.7, 27, more=OVERLAP),
+    Tile(8, 64, 128, (8, 32, 64), 4, 1.4, 23, blocks=6, wgmma=False, alone=True),
+    Tile(8, 64, 512, (8, 32, 64), 3, 2.0, 4.8, wgmma=False, alone=True),
+    Tile(8, 128, 64, (8, 32, 64), 6, 0.9, 46, blocks=5, alone=True),
+    Tile(16, 64, 256, (16, 32, 64), 3, 1.4, 10.6, blocks=2, wgmma=False, alone=True),
+    Tile(16, 128, 64, (16, 32, 64), 6, 0.9, 42, blocks=4, alone=True),
+    Tile(32, 128, 64, (32, 32, 64), 6, 1.1, 29, blocks=2, alone=True, more=OVERLAP),
+    Tile(32, 256, 64, (32, 32, 64), 6, 1.6, 43, blocks=2, alone=True, more=OVERLAP),
+    Tile(48, 128, 64, (48, 32, 64), 6, 1.2, 33, blocks=2, alone=True, more=OVERLAP),
+    Tile(48, 256, 64, (48, 32, 64), 4, 1.4, 29, more=OVERLAP),
     Tile(64, 128, 64, (64, 32, 64), 6, 1.6, 36, blocks=2, alone=True, more=OVERLAP),
     Tile(64, 256, 64, (64, 32, 64), 4, 2.0, 30, more=OVERLAP),
     Tile(80, 256, 64, (80, 32, 64), 4, 2.4, 33, more=OVERLAP),
