@@ -17,6 +17,10 @@ REF_TYPES = {
     "ref.element": {"Int", "Float", "Codebook", "NAMED", "parse_element", "value_list", "values", "max_value", "min_value"},
     "ref.format": {"Format", "FORMATS", "SCALE_DTYPES", "ZERO_DTYPES", "check_input_format", "parse_format"},
     "ref.qtensor": {"QTensor", "TENSORS", "check_parts", "validate"},
+    # What configurations say, as checkpoints have them.
+    "ref.layouts": {"humming", "rules"},
+    "ref.layouts.check": {"check_keys", "integer", "one_of"},
+    "ref.layouts.gptq": {"pick"},
     "ref.moe.check": {
         "ACTIVATIONS",
         "DENOMINATORS",

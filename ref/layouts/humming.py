@@ -82,12 +82,12 @@ def options(config, layer):
         raise ValueError(f"{WHERE}: weight_scale_2_type {scale_2!r} does not go with weight_scale_type {kind!r}")
     if (group > 0) != (kind in ("group", "block")) or (group_n > 1) != (kind == "block"):
         raise ValueError(f"{WHERE}: weight_scale_type {kind!r} does not go with groups of {group_n} x {group}")
-    scale = _scale(pick(config, BS_DTYPE, None, WHERE))
+    scale = scale_of(pick(config, BS_DTYPE, None, WHERE))
     if kind in ("block", "tensor"):
         if scale not in (None, "fp32"):
             raise ValueError(f"{WHERE}: bs_dtype is {scale}, but scales by {kind} are float32")
         scale = "fp32"
-    element = _element(pick(config, B_DTYPE, None, WHERE), has_zero)
+    element = element_of(pick(config, B_DTYPE, None, WHERE), has_zero)
     if has_zero and (isinstance(element, Float) or kind not in ("group", "channel")):
         raise NotImplementedError(f"{WHERE}: has_zero_point is true for {element} by {kind}, expected integers by group or channel")
     hadamard = integer(config.get("hadamard_block_size") or 0, f"{WHERE}: hadamard_block_size", 0, 2**20)
@@ -215,7 +215,7 @@ def config_of(q):
     fmt = q.format
     gn, gk = fmt.group
     kind = {(0, 0): "tensor", (1, 0): "channel"}.get(fmt.group, "group" if gn == 1 else "block")
-    named = isinstance(fmt.element, (Int, Float)) and _element(_name(fmt.element), fmt.zero is not None) == fmt.element
+    named = isinstance(fmt.element, (Int, Float)) and element_of(_name(fmt.element), fmt.zero is not None) == fmt.element
     whole = fmt.scale == "fp32" or kind not in ("tensor", "block")
     second = fmt.scale_2 is None or (fmt.scale_2 in TYPES_2 and (kind == "group" or (kind, fmt.scale_2) == ("channel", "tensor")))
     zeros = fmt.zero is None or kind in ("group", "channel")
@@ -235,7 +235,7 @@ def config_of(q):
     }
 
 
-def _element(name, has_zero):
+def element_of(name, has_zero):
     """The element of Humming's name; all its integers are stored without a sign, and symmetric ones are offset binary."""
     if isinstance(name, str):
         if match := re.fullmatch(r"u?int([1-8])", name.lower()):
@@ -253,7 +253,7 @@ def _name(element):
     return f"float{element.bits}e{element.exponent}m{element.mantissa}"
 
 
-def _scale(name):
+def scale_of(name):
     known = {theirs: ours for ours, (_, theirs) in STORED.items()} | {"half": "fp16"}
     return None if name is None else known[one_of(name, tuple(known), f"{WHERE}: bs_dtype")]
 

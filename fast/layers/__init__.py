@@ -1,0 +1,1 @@
+"""Layers of models: what is quantized how (config, environment)."""
