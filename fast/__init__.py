@@ -31,6 +31,7 @@ from .moe import (
     prepare_experts,
     silu_and_mul,
 )
+from .quantize import quantize
 from .quantize_input import quantize_input
 
 # What is promised beyond ref's definition: the suite holds these functions to it.
@@ -68,6 +69,7 @@ __all__ = [
     "moe_unpermute",
     "prepare",
     "prepare_experts",
+    "quantize",
     "quantize_input",
     "silu_and_mul",
     "why_not",

@@ -1,7 +1,5 @@
 """Codes in and out of a QTensor's bitstream."""
 
-import math
-
 import torch
 
 
@@ -19,11 +17,27 @@ def unpack(packed, bits, columns):
 
 
 def pack(codes, bits):
-    """The bitstream of codes (rows, k), by way of single bits: int32 (rows, ceil(k * bits / 32))."""
+    """The bitstream of codes (rows, k): int32 (rows, ceil(k * bits / 32)), the bits behind the last code zero."""
     rows, k = codes.shape
-    shifts = torch.arange(bits, device=codes.device)
-    stream = ((codes.int()[..., None] >> shifts) & 1).reshape(rows, k * bits)
-    words = math.ceil(k * bits / 32)
-    stream = torch.nn.functional.pad(stream, (0, words * 32 - k * bits)).view(rows, words, 32)
-    # int32 addition wraps, as two's complement wants it: the sum of the set bits is the word.
-    return (stream << torch.arange(32, device=codes.device, dtype=torch.int32)).sum(-1, dtype=torch.int32)
+    words = -(-k * bits // 32)
+    if not rows * words:
+        return torch.empty(rows, words, dtype=torch.int32, device=codes.device)
+    if 8 % bits == 0:
+        # Whole codes in each byte.
+        per = 8 // bits
+        codes = torch.nn.functional.pad(codes.to(torch.uint8), (0, words * 4 * per - k)) if words * 4 * per != k else codes.to(torch.uint8)
+        stream = codes[:, ::per].contiguous() if per > 1 else codes.contiguous()
+        for i in range(1, per):
+            stream |= codes[:, i::per] << (i * bits)
+        return stream.view(torch.int32)
+    # 32 codes are `bits` words: where code i begins, and what of it lies in the next word, is the same in each 32.
+    groups = -(-k // 32)
+    codes = torch.nn.functional.pad(codes, (0, groups * 32 - k)).view(rows, groups, 32)
+    stream = torch.zeros(rows, groups, bits, dtype=torch.int64, device=codes.device)
+    for i in range(32):
+        word, shift = divmod(i * bits, 32)
+        code = codes[..., i].long()
+        stream[..., word] |= code << shift
+        if shift + bits > 32:
+            stream[..., word + 1] |= code >> (32 - shift)
+    return stream.to(torch.int32).view(rows, groups * bits)[:, :words].contiguous()

@@ -1,0 +1,226 @@
+"""Weights quantized in plain torch: float32 arithmetic, as many rows at a time as stay in a cache."""
+
+import functools
+import itertools
+import math
+
+import torch
+
+from ref.element import Codebook, Int, max_value, min_value, value_list
+from ref.format import parse_format
+from ref.qtensor import QTensor
+
+from .codes import pack
+from .hadamard import hadamard
+from .quantize_input import _codes, _decoded, _round, _stored
+
+# Weights at a time: on a CPU what its cache holds with all that is computed from it, on a GPU what keeps it busy.
+CHUNK = {"cpu": 2**18, "cuda": 2**26}
+# What the largest first-level scale becomes under a second-level one.
+SCALE_2_TOP = {"e4m3": 448.0, "e5m2": 57344.0, "ue5m3": 114688.0}
+
+
+def quantize(w, format, *, rule=None, rounding="nearest_even", generator=None):
+    """ref.quantize by the format's usual rule, by code of its own: in float32 (float64 for float64), so that scales are within a few
+    roundings of ref's, and codes the nearest for the scales as they are stored.
+
+    Args:
+        w: (..., n, k), float16, bfloat16, float32 or float64, finite; any strides.
+        rule, rounding, generator: None, "nearest_even" and None are all that there is here.
+
+    Raises:
+        TypeError, ValueError: as ref.quantize. NotImplementedError: another rule or rounding.
+
+    >>> quantize(torch.tensor([[1.0, -2.0, 7.0, 0.4]]), "int4").packed
+    tensor([[36713]], dtype=torch.int32)
+    """
+    fmt = parse_format(format)
+    if not isinstance(w, torch.Tensor) or w.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        got = w.dtype if isinstance(w, torch.Tensor) else type(w).__name__
+        raise TypeError(f"quantize: w is {got}, expected a float16, bfloat16, float32 or float64 tensor")
+    if w.dim() < 2:
+        raise ValueError(f"quantize: w has shape {tuple(w.shape)}, expected (..., n, k)")
+    if rule not in (None, _rule_of(fmt)) or rounding != "nearest_even":
+        raise NotImplementedError(
+            f"quantize: rule {rule!r} and rounding {rounding!r} for {fmt}; here are {_rule_of(fmt)!r} and 'nearest_even'"
+        )
+    if fmt.hadamard and w.shape[-1] % fmt.hadamard:
+        raise ValueError(f"quantize: k={w.shape[-1]} is no multiple of the rotation's block {fmt.hadamard} in {fmt}")
+    *lead, n, k = w.shape
+    count = torch.Size(lead).numel()
+    # No weight at all has parts, too.
+    made = [_quantized(one, fmt) for one in (w.detach().reshape(-1, n, k) if count * n * k else w.new_zeros(max(count, 1), n, k))]
+    parts = (None if of[0] is None else torch.stack(of)[:count].reshape(*lead, *of[0].shape) for of in zip(*made, strict=True))
+    return QTensor(fmt, tuple(w.shape), **dict(zip(("packed", "scale", "zero", "scale_2", "offset"), parts, strict=True)))
+
+
+def _rule_of(fmt):
+    """The name of a format's usual rule."""
+    if fmt.zero is not None or fmt.offset is not None:
+        return "minmax"
+    if fmt.scale_2 is not None:
+        return "two_level"
+    return "mx_floor" if fmt.scale == "e8m0" else "absmax"
+
+
+def _quantized(w, fmt):
+    """packed, scale, zero, scale_2 and offset (None where there is none) of one weight (n, k)."""
+    n, k = w.shape
+    gn = fmt.group[0] or max(n, 1)
+    # Whole groups of rows at a time; if all rows share one scale, their range comes first.
+    step = max(gn, CHUNK.get(w.device.type, CHUNK["cuda"]) // max(k, 1) // gn * gn)
+    scale_2 = _second_scale(w, fmt, step)
+    ranges = None
+    if fmt.group[0] == 0 and n > step:
+        step = max(1, CHUNK.get(w.device.type, CHUNK["cuda"]) // max(k, 1))
+        ranges = _ranges_of_all(w, fmt, scale_2, step)
+    found = [_rows(w[start : start + step], fmt, _rows_of(scale_2, start, step), ranges) for start in range(0, max(n, 1), step)]
+    packed, *rest = zip(*found, strict=True)
+    if ranges is not None:
+        return torch.cat(packed), *(of[0] for of in rest[:2]), scale_2, rest[2][0]
+    scale, zero, offset = (None if of[0] is None else torch.cat(of) for of in rest)
+    return torch.cat(packed), scale, zero, scale_2, offset
+
+
+def _rows_of(scale_2, start, step):
+    return scale_2 if scale_2 is None or len(scale_2) == 1 else scale_2[start : start + step]
+
+
+def _values(w, fmt):
+    """w in the dtype that is computed in, rotated."""
+    x = w if w.dtype == torch.float64 else w.float()
+    return hadamard(x, fmt.hadamard) if fmt.hadamard else x
+
+
+def _second_scale(w, fmt, step):
+    """The float32 that brings the largest first-level scale to the top of its dtype, (1, 1) or (n, 1), or None."""
+    if fmt.scale_2 is None:
+        return None
+    if not w.numel():
+        amax = w.new_zeros(w.shape[0], 1)
+    else:
+        amax = torch.cat([_values(w[start : start + step], fmt).abs().amax(1, keepdim=True) for start in range(0, len(w), step)])
+    if fmt.scale_2.startswith("tensor"):
+        amax = amax.amax(0, keepdim=True) if len(amax) else amax.new_zeros(1, 1)
+    amax = amax.double()
+    scale_2 = amax / (_top(fmt.element) * SCALE_2_TOP.get(fmt.scale, 1.0))
+    if fmt.scale_2.endswith("divisor"):
+        scale_2 = 1 / scale_2
+    return torch.where(amax == 0, 1.0, scale_2.clamp(2.0**-149, torch.finfo(torch.float32).max)).float()
+
+
+def _scaled(x, fmt, scale_2):
+    """x as the first-level scales see it."""
+    if scale_2 is None:
+        return x
+    return x * scale_2 if fmt.scale_2.endswith("divisor") else x / scale_2
+
+
+def _ranges(x, fmt):
+    """The least and the largest number of each group: (a, b) each."""
+    tiles = _tiles(x, fmt)
+    low, high = tiles.aminmax(dim=-1)
+    if tiles.dim() == 4:
+        low, high = low.amin(1), high.amax(1)
+    return low, high
+
+
+def _ranges_of_all(w, fmt, scale_2, step):
+    parts = [_ranges(_scaled(_values(w[i : i + step], fmt), fmt, _rows_of(scale_2, i, step)), fmt) for i in range(0, len(w), step)]
+    return torch.cat([low for low, _ in parts]).amin(0, keepdim=True), torch.cat([high for _, high in parts]).amax(0, keepdim=True)
+
+
+def _tiles(x, fmt):
+    """(a, b, gk), or (a, gn, b, gk) where rows share scales; zeros where a partial group ends."""
+    n, k = x.shape
+    gn, gk = fmt.group[0] or max(n, 1), fmt.group[1] or max(k, 1)
+    b = -(-k // gk) if fmt.group[1] else 1
+    a = -(-n // gn) if fmt.group[0] else 1
+    if (a * gn, b * gk) != (n, k):
+        x = torch.nn.functional.pad(x, (0, b * gk - k, 0, a * gn - n))
+    return x.view(a, b, gk) if gn == 1 else x.view(a, gn, b, gk)
+
+
+def _rows(w, fmt, scale_2, ranges):
+    """packed, scale, zero and offset of some rows."""
+    n, k = w.shape
+    x = _values(w, fmt)
+    seen = _scaled(x, fmt, scale_2)
+    low, high = _ranges(seen, fmt) if ranges is None else ranges
+    if not bool((low.isfinite() & high.isfinite()).all()):
+        raise ValueError(f"quantize: w holds {x[~x.isfinite()][0].item()}, expected finite numbers")
+    scale, zero, offset = _first_scales(low, high, fmt)
+    step = _decoded(scale, fmt.scale).to(x.dtype)
+    # Whatever is divided by infinity leaves zero, as a scale of zero should.
+    step = torch.where(step == 0, torch.inf, step)
+    tiles = _tiles(seen, fmt)
+
+    def spread(t):
+        return t[..., None] if tiles.dim() == 3 else t[:, None, :, None]
+
+    if offset is not None:
+        tiles = tiles - spread(offset.to(x.dtype))
+    t = tiles / spread(step)
+    if zero is not None:
+        t += spread(zero.to(x.dtype))
+    t = t.flatten(-2).flatten(0, -2)[:n, :k]
+    return pack(_encoded(t, fmt.element), fmt.element.bits), scale, zero, offset
+
+
+def _first_scales(low, high, fmt):
+    """scale, zero and offset as they are stored, from the range of each group."""
+    element = fmt.element
+    low, high = low.clamp(max=0), high.clamp(min=0)
+    zero = offset = None
+    if fmt.zero is None and fmt.offset is None:
+        peak, top = torch.maximum(high, -low), _top(element)
+        if fmt.scale == "e8m0" and fmt.scale_2 is None:
+            exponent = torch.where(peak == 0, -127, torch.frexp(peak).exponent - 1 - _exponent(top))
+            return (exponent.clamp(-127, 127) + 127).to(torch.uint8), None, None
+        raw = peak / top
+    else:
+        raw = (high - low) / (max_value(element) - min_value(element))
+    scale = _stored(torch.where(raw == 0, 1.0, raw), fmt.scale, up=False)
+    if fmt.zero is not None:
+        step = _decoded(scale, fmt.scale).to(raw.dtype)
+        zero = torch.where(step == 0, 0.0, -low / torch.where(step == 0, 1.0, step))
+        zero = zero.round().clamp(0, 2**element.bits - 1).to(torch.uint8) if fmt.zero == "int" else _stored(zero, fmt.zero, up=False)
+    if fmt.offset is not None:
+        offset = _stored(low - min_value(element) * _decoded(scale, fmt.scale).to(raw.dtype), fmt.offset, up=False)
+    return scale, zero, offset
+
+
+def _top(element):
+    """The magnitude that a scale is made for."""
+    return max_value(element) or -min_value(element)
+
+
+def _exponent(top):
+    """floor(log2(top))."""
+    return math.frexp(top)[1] - 1
+
+
+def _encoded(t, element):
+    """Codes of the element's values nearest to t, ties to the even code, uint8. t may be overwritten."""
+    if isinstance(element, Int):
+        lowest = -(2 ** (element.bits - 1)) if element.signed else 0
+        return t.round_().clamp_(lowest, lowest + 2**element.bits - 1).sub_(lowest).to(torch.uint8)
+    if isinstance(element, Codebook):
+        edges, codes = _edges(element, t.dtype)
+        return codes.to(t.device)[torch.bucketize(t.contiguous(), edges.to(t.device))]
+    return _codes(*_round(t.clamp_(min=min_value(element)), element), element)
+
+
+@functools.cache
+def _edges(element, dtype):
+    """The largest t of a dtype that each of a codebook's values, in ascending order, is nearest to, but for the last; and their codes."""
+    pairs = sorted((v, code) for code, v in enumerate(value_list(element)))
+    edges = []
+    for (v0, code), (v1, above) in itertools.pairwise(pairs):
+        middle = torch.tensor((v0 + v1) / 2, dtype=torch.float64)
+        edge = middle.to(dtype)
+        # A tie goes up where only the upper code is even.
+        if edge.double() > middle or (edge.double() == middle and code % 2 and not above % 2):
+            edge = torch.nextafter(edge, edge.new_tensor(-torch.inf))
+        edges.append(edge)
+    return torch.stack(edges) if edges else torch.empty(0, dtype=dtype), torch.tensor([code for _, code in pairs], dtype=torch.uint8)

@@ -1,0 +1,69 @@
+"""fast.quantize: against ref's scales and codes, every granularity and edge shape; the bitstream."""
+
+import importlib
+
+import pytest
+import torch
+
+import fast
+import ref
+from conformance.case import QuantizeCase
+from conformance.ops import quantize as op
+from ref.format import FORMATS
+
+from .codes import pack
+
+MORE = (
+    *("int4_tensor", "fp8_e4m3_tensor", "uint4z_g64_bf16", "uint4_g64_bf16_zbf16", "int8_channel2div", "fp4_e2m1_g16_e4m3_tensor2div"),
+    *("int4_g128_bf16_h64", "nf4_b4x7", "int1_g32", "fp4_e0m3_g16", "int4_b64x64_e8m0"),
+)
+SHAPES = ((7, 256), (3, 33, 192), (0, 64), (2, 5, 0), (0, 4, 64), (1, 130, 64))
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_pack(bits):
+    for shape in ((5, 77), (0, 8), (3, 0), (1, 64)):
+        codes = torch.randint(2**bits, shape, dtype=torch.uint8)
+        assert torch.equal(pack(codes, bits), ref.pack(codes, bits))
+
+
+@pytest.mark.parametrize("name", [*FORMATS, *MORE])
+def test_weights_are_what_a_quantizer_may_make_of_them(name, monkeypatch):
+    monkeypatch.setitem(importlib.import_module("fast.quantize").CHUNK, "cpu", 2048)  # several chunks
+    for experts, n, k in ((None, 33, 192), (3, 5, 64), (1, 130, 64)):
+        for dtype in ("fp32", "bf16", "fp16"):
+            for data in ("normal", "heavy", "tiny"):
+                problem = op.build(QuantizeCase(n=n, k=k, experts=experts, format=name, dtype=dtype, data=data, seed=n), "cpu")
+                problem.check(fast.quantize(*problem.args))
+
+
+@pytest.mark.parametrize("name", [*FORMATS, *MORE])
+def test_every_shape_has_the_parts_that_it_should(name):
+    for shape in SHAPES:
+        if name.endswith("h64") and shape[-1] % 64:
+            continue
+        q, want = fast.quantize(torch.ones(shape), name), ref.quantize(torch.ones(shape), name)
+        ref.validate(q)
+        assert ref.equal(q, want)
+
+
+def test_float64_keeps_its_bits():
+    w = torch.tensor([[1.0, 1 + 2.0**-40]], dtype=torch.float64) * 3.5
+    assert ref.equal(fast.quantize(w, "int8"), ref.quantize(w, "int8"))
+
+
+def test_refusals():
+    w = torch.ones(2, 64)
+    for error, match, call in (
+        (TypeError, "int64", lambda: fast.quantize(w.long(), "int4")),
+        (ValueError, "shape", lambda: fast.quantize(w[0], "int4")),
+        (ValueError, "nearest is 'int4'", lambda: fast.quantize(w, "innt4")),
+        (ValueError, "nan, expected finite", lambda: fast.quantize(w * torch.nan, "int4")),
+        (ValueError, "inf, expected finite", lambda: fast.quantize(w * torch.inf, "uint4z_g128")),
+        (ValueError, "multiple of the rotation", lambda: fast.quantize(w[:, :60], "int4_h64")),
+        (NotImplementedError, "'mse'", lambda: fast.quantize(w, "int4", rule="mse")),
+        (NotImplementedError, "'stochastic'", lambda: fast.quantize(w, "int4", rounding="stochastic")),
+    ):
+        with pytest.raises(error, match=match):
+            call()
+    assert ref.equal(fast.quantize(w, "int4", rule="absmax"), fast.quantize(w, "int4"))
