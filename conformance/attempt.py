@@ -1,79 +1,206 @@
-"""One call of a candidate, watched: what it returns, what it leaves behind, and whether it does so twice."""
+"""One call of a candidate, watched: what it returns, what it leaves behind, and whether it does so again."""
 
 import torch
 
 from ref.qtensor import QTensor
 
+from . import hygiene, metamorphic
 from .ops import parts_of
 from .oracle import Disagreement, bits, number
 
 POISON = (float("nan"), 1e30, -7.0)
+# Of the examples, one in so many has another call between the two, and one is called on two streams and as a CUDA graph.
+BETWEEN, CONCURRENT = 2, 8
 
 
-def attempt(candidate, function, problem, impl=None, seed=0):
-    """Call the candidate twice and judge.
+def attempt(candidate, function, problem, impl=None, seed=0, declared=None):
+    """Call the candidate twice and judge; in every second example make another call in between.
 
-    Memory of the result's size is filled with poison and given back to the allocator first, so that an output that is not
-    written shows. The second call has to return the same bits; into a poisoned out=, where the function takes it.
+    All arguments lie between guard bands. Memory of the result's size is filled with poison and given back to the allocator first, so that
+    an output that is not written shows. The call in between has other arguments, often of another shape, or the first ones overwritten, and
+    its result follows from that of the first where a relation of metamorphic says so. The second call has to return the same bits; into a
+    poisoned out=, where the function takes it. On a GPU some examples are called on two streams at once, and those of a candidate with
+    GRAPHS = True captured in a CUDA graph and replayed.
+
+    Args:
+        declared: the Declaration that the candidate is held to, or None. Not deterministic: what is returned the second time only has to
+            be admissible.
 
     Returns:
         Agreement.
 
     Raises:
         NotImplementedError: the candidate does not support the call.
-        Disagreement: it is wrong, raised something else, changed an input, or gave other bits the second time.
+        Disagreement: it is wrong, raised something else, changed an input, memory around it or the process's state, or gave other bits
+            the second time.
     """
+    hygiene.lay(problem, seed)
+    try:
+        return _attempt(_Watched(candidate, function, problem, impl, declared), seed)
+    except Disagreement as error:
+        # What decides that is the seed, which a case does not explain.
+        note = f" (here {', '.join(problem.apart)} are views with gaps)" if problem.apart else ""
+        raise Disagreement(error.kind, error.args[0] + note, error.hint) from None
+
+
+def _attempt(watched, seed):
+    problem = watched.problem
     poison = POISON[seed % 3]
     _poison(problem, poison)
-    result = _call(candidate, function, problem, {}, impl)
-    _check_inputs(problem)
+    result = watched.call(problem.args, problem.kwargs)
     _check_result(problem, result)
     first = [t.to("cpu", copy=True) for t in _tensors(result)]
-    if isinstance(problem.result, list):
-        result = tuple(first)
-    agreement = problem.check(first[0] if isinstance(problem.result, tuple) else result)
-    settled = [t.clone() for t in problem.settled(first)]
-    out = {}
-    if isinstance(problem.result, tuple) and candidate.takes(function, "out"):
-        shape, dtype = problem.result
-        out["out"] = torch.full(shape, poison, device=problem.device).to(dtype)
+    agreement = watched.judge(result, first)
+    watched.settled = [t.clone() for t in problem.settled(first)]
+    if seed % BETWEEN == 0:
+        _between(watched, agreement, first, seed)
+    if problem.device.type == "cuda" and seed % CONCURRENT == 0:
+        _concurrent(watched, poison)
+    out, guard = {}, None
+    if isinstance(problem.result, tuple) and watched.candidate.takes(watched.function, "out"):
+        out["out"], guard = hygiene.guarded(*problem.result, problem.device, poison)
     else:
         _poison(problem, POISON[(seed + 1) % 3])
-    again = _call(candidate, function, problem, out, impl)
-    _check_inputs(problem)
+    again = watched.call(problem.args, {**problem.kwargs, **out})
     _check_result(problem, again)
-    if out and again.data_ptr() != out["out"].data_ptr():
-        raise Disagreement("out: ignored", "the result is not the tensor that was given as out=")
-    what = "with a poisoned out=" if out else "of the same call"
-    for a, b in zip(settled, problem.settled([t.cpu() for t in _tensors(again)]), strict=True):
-        _check_same(a, b, what)
+    if guard is not None:
+        guard.check()
+        if again.data_ptr() != out["out"].data_ptr():
+            raise Disagreement("out: ignored", "the result is not the tensor that was given as out=")
+    watched.repeated(again, "on the second run with a poisoned out=" if out else "on the second run of the same call")
     return agreement
 
 
-def _call(candidate, function, problem, kwargs, impl):
-    try:
-        result = candidate.call(function, problem.args, {**problem.kwargs, **kwargs}, impl)
-        if problem.device.type == "cuda":
-            # What a kernel does wrong to memory shows here, and not in the suite's own next step.
-            torch.cuda.synchronize(problem.device)
+class _Watched:
+    """A candidate's function, whose calls must leave alone what is not theirs."""
+
+    def __init__(self, candidate, function, problem, impl, declared):
+        self.candidate, self.function, self.problem, self.impl = candidate, function, problem, impl
+        self.deterministic = declared is None or declared.deterministic
+        self.invariant = declared is not None and declared.batch_invariant
+        self.state = hygiene.state()
+
+    def call(self, args, kwargs, again=lambda: None):
+        """The result; again: what to do before inputs are looked at."""
+        try:
+            result = self.bare(args, kwargs)
+        finally:
+            again()
+        hygiene.check_inputs(self.problem)
+        hygiene.check_state(self.state)
         return result
+
+    def bare(self, args, kwargs, wait=True):
+        """The result, or NotImplementedError, or Disagreement for anything else that is raised."""
+        try:
+            result = self.candidate.call(self.function, args, kwargs, self.impl)
+            if wait and self.problem.device.type == "cuda":
+                # What a kernel does wrong to memory shows here, and not in the suite's own next step.
+                torch.cuda.synchronize(self.problem.device)
+            return result
+        except NotImplementedError:
+            raise
+        except ExceptionGroup as group:
+            if group.split(NotImplementedError)[1] is None:
+                raise NotImplementedError(str(group)) from None
+            raise Disagreement(f"raised: {type(group).__name__}", f"raised {group!r}") from None
+        except Exception as error:
+            raise Disagreement(f"raised: {type(error).__name__}", f"raised {type(error).__name__}: {error}") from None
+
+    def judge(self, result, tensors):
+        """The Agreement of a result whose tensors are on the CPU."""
+        if isinstance(self.problem.result, list):
+            result = tuple(tensors)
+        return self.problem.check(tensors[0] if isinstance(self.problem.result, tuple) else result)
+
+    def repeated(self, result, when):
+        """Hold another result of the first call against the first one."""
+        tensors = [t.cpu() for t in _tensors(result)]
+        if not self.deterministic:
+            self.judge(result, tensors)
+            return
+        for a, b in zip(self.settled, self.problem.settled(tensors), strict=True):
+            _check_same(a, b, when)
+
+
+def _between(watched, agreement, first, seed):
+    """Another call, with a result that follows from the first where a relation says so."""
+    problem = watched.problem
+    y = first[0] if isinstance(problem.result, tuple) else None
+    # Where no element was compared under a bound, every correct kernel returns these numbers.
+    exact = y is not None and agreement.elements == 0 and bool(y.isfinite().all())
+    related = metamorphic.choose(watched.function, problem.args, problem.kwargs, y, seed, exact, watched.invariant)
+    if related is None:
+        return
+    args, kwargs, restore = related.args, related.kwargs, lambda: None
+    if seed & 32:
+        args, kwargs, restore = _overwritten(problem, args, kwargs)
+    try:
+        got = watched.call(args, kwargs, restore)
     except NotImplementedError:
-        raise
-    except ExceptionGroup as group:
-        if group.split(NotImplementedError)[1] is None:
-            raise NotImplementedError(str(group)) from None
-        raise Disagreement(f"raised: {type(group).__name__}", f"raised {group!r}") from None
-    except Exception as error:
-        raise Disagreement(f"raised: {type(error).__name__}", f"raised {type(error).__name__}: {error}") from None
+        return
+    if related.expected is None:
+        return
+    name = f"relation: {related.name}"
+    _check_tensor(got, related.expected.shape, related.expected.dtype, problem.device, f"result ({name})", name)
+    got, want = got.cpu(), related.expected
+    same = (got == want) if exact else (bits(got) == bits(want))
+    same |= got.isnan() & want.isnan()
+    if related.judged is not None:
+        same |= ~related.judged.view(*related.judged.shape, *[1] * (same.dim() - related.judged.dim()))
+    if not bool(same.all()):
+        at = tuple((~same).nonzero()[0].tolist())
+        why = "as the first call's result has it" if exact else "as batch invariance promises"
+        raise Disagreement(
+            name, f"y{list(at)} = {number(got[at])} with {related.name}, admissible {number(want[at])} only, {why}"
+            f" ({int((~same).sum())} of {same.numel()} elements are wrong)",
+        )  # fmt: skip
 
 
-def _check_inputs(problem):
-    for name, tensor in problem.owned.items():
-        if not torch.equal(bits(tensor), bits(problem.pristine[name])):
-            at = (bits(tensor) != bits(problem.pristine[name])).nonzero()[0].tolist()
-            now = number(tensor[tuple(at)])
-            tensor.copy_(problem.pristine[name])
-            raise Disagreement(f"input: {name}", f"the call changed its input: {name}{at} is {now} now")
+def _overwritten(problem, args, kwargs):
+    """(args, kwargs, how to restore): tensors of the first call's shapes written over its own, where results kept by address would show."""
+    kept = []
+
+    def write(old, new):
+        if not isinstance(old, torch.Tensor) or old is new or old.shape != new.shape or old.dtype != new.dtype or not old.numel():
+            return new
+        kept.append((old, old.clone()))
+        return old.copy_(new)
+
+    args = tuple(write(old, new) for old, new in zip(problem.args, args, strict=True))
+    kwargs = {name: write(problem.kwargs.get(name), new) for name, new in kwargs.items()}
+
+    def restore():
+        for tensor, was in kept:
+            tensor.copy_(was)
+
+    return args, kwargs, restore
+
+
+def _concurrent(watched, poison):
+    """Two streams at once, and a CUDA graph."""
+    problem = watched.problem
+
+    def call():
+        return watched.bare(problem.args, problem.kwargs, wait=False)
+
+    for result in hygiene.on_two_streams(call, problem.device):
+        watched.repeated(result, "of the same call on two streams at once")
+    if not getattr(watched.candidate.target, "GRAPHS", False):
+        return
+
+    def overwrite(result):
+        for tensor in _tensors(result):
+            tensor.fill_(poison if tensor.is_floating_point() else 77)
+
+    try:
+        result = hygiene.replayed(call, problem.device, overwrite)
+    except NotImplementedError:
+        return
+    except RuntimeError as error:
+        raise Disagreement("graph: capture", f"raised {type(error).__name__} while a CUDA graph was captured: {error}") from None
+    watched.repeated(result, "of the same call as a CUDA graph")
+    hygiene.check_inputs(problem)
 
 
 def _check_result(problem, result):
@@ -93,12 +220,12 @@ def _check_result(problem, result):
     _check_tensor(result, *problem.result, problem.device, "result")
 
 
-def _check_tensor(tensor, shape, dtype, device, name):
+def _check_tensor(tensor, shape, dtype, device, name, kind="result"):
     if not isinstance(tensor, torch.Tensor):
-        raise Disagreement("result: type", f"the {name} is a {type(tensor).__name__}, expected a tensor")
+        raise Disagreement(f"{kind}: type", f"the {name} is a {type(tensor).__name__}, expected a tensor")
     got = tuple(tensor.shape), tensor.dtype, tensor.device
     if got != (tuple(shape), dtype, device):
-        raise Disagreement("result: shape", f"the {name} is {got[0]} {got[1]} on {got[2]}, expected {tuple(shape)} {dtype} on {device}")
+        raise Disagreement(f"{kind}: shape", f"the {name} is {got[0]} {got[1]} on {got[2]}, expected {tuple(shape)} {dtype} on {device}")
 
 
 def _check_same(a, b, what):
@@ -107,7 +234,7 @@ def _check_same(a, b, what):
         same |= a.isnan() & b.isnan()
     if not bool(same.all()):
         at = (~same).nonzero()[0].tolist()
-        text = f"result{at} = {number(a[tuple(at)])}, and {number(b[tuple(at)])} on the second run {what}, admissible: the same bits"
+        text = f"result{at} = {number(a[tuple(at)])}, and {number(b[tuple(at)])} {what}, admissible: the same bits"
         raise Disagreement("rerun", text)
 
 

@@ -322,7 +322,13 @@ def compile_ahead(layers, rows, peers):
         x = bench.draw_x(m, layer.model.h, layer.device)
         impl = {TRITON: "triton", HUMMING: "humming"}.get(peer)
         layer.fast.fused_experts(
-            x, *layer.held, draw_router(m, layer.model.top_k, layer.device), ids, activation=layer.model.activation, impl=impl, **layer.given()
+            x,
+            *layer.held,
+            draw_router(m, layer.model.top_k, layer.device),
+            ids,
+            activation=layer.model.activation,
+            impl=impl,
+            **layer.given(),
         )
 
     with ThreadPoolExecutor(os.cpu_count(), initializer=torch.cuda.set_device, initargs=(device,)) as pool:

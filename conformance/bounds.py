@@ -4,7 +4,7 @@ error =  c S + gamma(r) S     c: the adders' loss (accumulators.coefficient); r:
        + k 2^-53 S            the exact answer's own, in float64
        + ETA ...              underflow of any product
 with S = |x| @ ((|value| + |zero|) |scale scale_2| + |offset|)^T: zero points and offsets count absolutely, since they may be multiplied
-and summed apart.
+and summed apart. Where a candidate declares blocks along k in ascending order, accumulators.running takes the place of c S, if that is less.
 Under a rotation over blocks of B, w (or x) is replaced by |w|_1 / sqrt(B) of its block, which no intermediate result exceeds.
 """
 
@@ -19,6 +19,7 @@ from ref.rounding import round_to
 from ref.scale import decode_scale, times_scale_2
 
 from . import accumulators
+from .emulate import block_sum
 from .quantizer import block_norm
 
 TINY = {"fp16": 2.0**-14, "bf16": 2.0**-126, "fp32": 2.0**-126}
@@ -83,20 +84,23 @@ def roundings(q, groups, x_dtype, x_format):
     return r + sum(block.bit_length() + 1 for block in blocks if block)
 
 
-def product_bound(q, x, device, x_dtype, x_format=None, x_step=None, operands=None):
+def product_bound(q, x, device, x_dtype, x_format=None, x_step=None, operands=None, accumulator=None, signed=None):
     """The admissible error of x w^T, float64 (m, n).
 
     Args:
         q: the weight. x: magnitudes of x, float64 (m, k): as given, or as quantized (in its rotation, where x_format has one).
         x_dtype: "fp32", "fp16" or "bf16". x_step: scale of each quantized x.
         operands: the two factors of the variant in question, where they are not x and the weight.
+        accumulator: what is declared for this kind of x ("ieee" or a Block), or None. signed: the factors with their signs, (m, k) and (n, k),
+            and by how much sums of their products may be off; without them an order that is declared does not count.
     """
     k, fmt = x.shape[1], q.format
     value, _, scale, offset = weight_parts(q)
     w = magnitude(q)
     fp8 = x_format is not None and isinstance(x_format.element, Float)
-    if device.type == "cuda":
+    if device.type == "cuda" or isinstance(accumulator, accumulators.Block):
         x, w = _aligned(x, w, value, scale, offset, fmt, x_dtype, x_format if fp8 else None, x_step)
+    sizes = x, w
     if x_format is not None and x_format.hadamard:
         x = block_norm(x, x_format.hadamard)
     used = block_norm(x, fmt.hadamard) if fmt.hadamard else x
@@ -108,7 +112,7 @@ def product_bound(q, x, device, x_dtype, x_format=None, x_step=None, operands=No
     s = x @ w.T
     if operands is not None:
         s = torch.maximum(s, operands[0].abs() @ operands[1].abs().T)
-    c = accumulators.coefficient(terms, groups, device, fp8, x_dtype == "fp32" and x_format is None)
+    c = accumulators.coefficient(terms, groups, device, fp8, x_dtype == "fp32" and x_format is None, accumulator)
     r = roundings(q, terms.clamp(max=groups), x_dtype, x_format)
     underflow = x.sum(1, keepdim=True) + scale.abs().expand(w.shape).sum(1) + (2 + (offset is not None)) * terms
     if fmt.scale_2 is not None:
@@ -116,7 +120,46 @@ def product_bound(q, x, device, x_dtype, x_format=None, x_step=None, operands=No
     if divides(fmt):
         # Whatever vanished before the division.
         underflow = underflow + terms / q.scale_2.double().abs()[:, 0]
-    return ((c + accumulators.gamma(r)) * (1 + c) + (k + 8) * 2.0**-53) * s + accumulators.ETA * underflow
+    lost = c * (1 + c) * s
+    if signed is not None and getattr(accumulator, "order", "any") == "ascending" and plain(q, x_format):
+        lost = torch.minimum(lost, _in_order(*signed, sizes, accumulator, cuts_of(fmt, x_format, k)))
+    return lost + accumulators.gamma(r) * (s + lost) + (k + 8) * 2.0**-53 * s + accumulators.ETA * underflow
+
+
+def plain(q, x_format):
+    """Whether all of a sum is products of x and the weight, in the order of k: no zero points, offsets, rotations or orders of groups."""
+    rotated = q.format.hadamard or (x_format is not None and x_format.hadamard)
+    return q.zero is None and q.offset is None and q.group_index is None and not rotated
+
+
+def cuts_of(fmt, x_format, k):
+    """The columns where a scale changes: there a kernel may begin anew."""
+    groups = {fmt.group[1], x_format.group[1] if x_format is not None else 0}
+    return sorted({column for group in groups if group for column in range(0, k, group)})
+
+
+def _in_order(x, w, doubt, sizes, unit, cuts):
+    """accumulators.running, whether scales are multiplied into the weights or into the sums of their groups."""
+    bound = accumulators.running(x, w, unit, (), sizes)
+    if len(cuts) > 1:
+        bound = torch.maximum(bound, accumulators.running(x, w, unit, cuts, sizes))
+    # Sums that are off by doubt lose so much more.
+    return bound + doubt * (-(-x.shape[1] // unit.length) + len(cuts)) * unit.step
+
+
+def modelled(x, w, unit, x_scale, w_scale, smallest, cuts=()):
+    """A5: what the unit gives for x (m, k) times w (n, k), numbers that it takes, scales (m, k) and (n, k) applied to the sums between cuts.
+
+    Returns:
+        (y, size): float64 (m, n) each; size: the sum of the parts' magnitudes, of which float32 may lose gamma(roundings + parts).
+    """
+    y = torch.zeros(x.shape[0], w.shape[0], dtype=torch.float64)
+    size, starts = torch.zeros_like(y), sorted({0, *cuts})
+    for start, end in zip(starts, [*starts[1:], x.shape[1]], strict=True):
+        part = block_sum(x[:, start:end], w[:, start:end], unit, smallest=smallest)
+        part = part * x_scale[:, start, None] * w_scale[None, :, start]
+        y, size = y + part, size + part.abs()
+    return y, size
 
 
 def weight_doubt(q, dtype):

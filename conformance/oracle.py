@@ -1,6 +1,6 @@
 """Acceptance: the interval test, element by element."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -9,14 +9,21 @@ from ref.rounding import round_to
 # An element tells little when more than this many ulps are admissible; a cell, when more than this part of its elements does.
 # Fewer examples than this do not show what a cell's bounds are like.
 WIDE_ULPS, WIDE_SHARE, WIDE_EXAMPLES = 16, 0.25, 50
+# Bins of an Agreement.
+WIDTHS, ERRORS = 16, 10
 
 
 class Disagreement(Exception):
-    """What a candidate got wrong. kind: a short name, by which shrinking keeps to one defect."""
+    """What a candidate got wrong. kind: a short name, by which shrinking keeps to one defect. hint: None, or what gives a guess at the cause,
+    asked for when the message is read."""
 
-    def __init__(self, kind, text):
+    def __init__(self, kind, text, hint=None):
         super().__init__(text)
-        self.kind = kind
+        self.kind, self.hint = kind, hint
+
+    def __str__(self):
+        guess = self.hint and self.hint()
+        return f"{self.args[0]}; {guess}" if guess else self.args[0]
 
 
 @dataclass
@@ -24,13 +31,19 @@ class Agreement:
     """What was measured on an example that agrees.
 
     worst: the largest error as a fraction of the bound (0 where bit equality was asked for). elements: how many were compared
-    under a bound; wide: how many of those had more than WIDE_ULPS admissible ulps. variant: the one that matched.
+    under a bound; of these, wide: how many had more than WIDE_ULPS admissible ulps; widths: how many by floor(log2(1 + admissible ulps)),
+    the last for all beyond; errors: how many by tenths of the bound; matches: how many equal y rounded once; signed: how many were rounded
+    away from zero, and how many toward it, where the bound leaves a choice (rounded_away). variant: the one that matched.
     """
 
     worst: float = 0.0
     elements: int = 0
     wide: int = 0
     variant: str = ""
+    widths: list = field(default_factory=lambda: [0] * WIDTHS)
+    errors: list = field(default_factory=lambda: [0] * ERRORS)
+    matches: int = 0
+    signed: tuple = (0, 0)
 
 
 def interval(y, error, dtype):
@@ -38,7 +51,13 @@ def interval(y, error, dtype):
     return round_to(y - error, dtype), round_to(y + error, dtype)
 
 
-def compare(got, y, error, name="y"):
+def admitted(got, y, error):
+    """bool: where a result is admissible."""
+    low, high = interval(y, error, got.dtype)
+    return ((got >= low) & (got <= high)) | (got.isnan() & y.isnan())
+
+
+def compare(got, y, error, name="y", fair=True):
     """The interval test: RN(y - error) <= got <= RN(y + error) in every element, NaN exactly where y is NaN.
 
     Args:
@@ -46,6 +65,8 @@ def compare(got, y, error, name="y"):
         y: the exact result, float64, same shape.
         error: float64 bound, broadcastable to y. Where it is zero, bits have to agree; zeros of either sign are equal, as sums
             of zeros have no order.
+        fair: the rows, bool (m,), or whether any, that the rounding-bias test counts: not those whose error comes from a choice made
+            once for many elements.
 
     Returns:
         Agreement.
@@ -55,7 +76,7 @@ def compare(got, y, error, name="y"):
     """
     error = torch.as_tensor(error, dtype=torch.float64).expand(y.shape)
     low, high = interval(y, error, got.dtype)
-    fits = ((got >= low) & (got <= high)) | (got.isnan() & y.isnan())
+    fits = admitted(got, y, error)
     if not bool(fits.all()):
         at = tuple((~fits).nonzero()[0].tolist())
         wrong = int((~fits).sum())
@@ -68,7 +89,44 @@ def compare(got, y, error, name="y"):
     count = int(bounded.sum())
     if not count:
         return Agreement()
-    return Agreement(_worst(got, y, error), count, int((_ulps(low, high, y) > WIDE_ULPS)[bounded].sum()))
+    fair = torch.as_tensor(fair).reshape(-1, *[1] * (y.dim() - 1)).expand(y.shape)[bounded] if y.dim() else torch.as_tensor(fair).reshape(1)
+    got, y, error, low, high = (t[bounded] for t in (got, y, error, low, high))
+    ulps, needed = _ulps(low, high, y).nan_to_num(0.0, 0.0, 0.0), _needed(got, y, error)
+    return Agreement(
+        worst=float(needed.max()),
+        elements=count,
+        wide=int((ulps > WIDE_ULPS).sum()),
+        widths=torch.bincount((1 + ulps).log2().long().clamp(0, WIDTHS - 1), minlength=WIDTHS).tolist(),
+        errors=torch.bincount((needed * ERRORS).long().clamp(0, ERRORS - 1), minlength=ERRORS).tolist(),
+        matches=int((needed == 0).sum()),
+        signed=rounded_away(*(t[fair] for t in (got, y, error, low, high))),
+    )
+
+
+def rounded_away(got, y, error, low, high):
+    """The rounding-bias test's count: (away from zero, toward zero), of the elements where the bound leaves a choice and y decides.
+
+    Counted are elements that admit just two neighbours, low and high, with y between error / 2 and error away from the midpoint of these
+    two. A kernel that rounds its sum to nearest, and whose sum is off by at most half of the bound, takes the neighbour that y is nearer
+    to, whatever bias its sums have (adders that truncate have one), and y is as often on the one side of a midpoint as on the other: so
+    away and toward are a fair coin, and |away - toward| / sqrt(away + toward) is beyond 8 with a probability of 1e-15. Results that are
+    truncated, or sums that are always off in one direction by most of the bound, come down on one side only. Elements whose y is nearer
+    to the midpoint tell about the sum's bias, those further off are decided, by interval(), for every kernel. Elements with one |y| are
+    counted once, since they are one throw of the coin.
+    """
+    usable = y.isfinite() & low.isfinite() & high.isfinite() & (low != high) & (low.signbit() == high.signbit())
+    usable &= torch.nextafter(low, high) == high
+    if not bool(usable.any()):
+        return 0, 0
+    got, y, error, low, high = (t[usable] for t in (got, y, error, low, high))
+    off = (y - (low.double() + high.double()) / 2).abs()
+    counted = (off >= error / 2) & (off <= error)
+    away = got[counted].double().abs() > torch.minimum(low.double().abs(), high.double().abs())[counted]
+    size, order = y[counted].abs().sort()
+    first = torch.ones_like(away)
+    first[1:] = size[1:] != size[:-1]
+    up = int((away[order] & first).sum())
+    return up, int(first.sum()) - up
 
 
 def equal(got, want, name):
@@ -120,17 +178,14 @@ def span(low, high):
     return f"{number(low)} only" if bool(low == high) else f"[{number(low)}, {number(high)}]"
 
 
-def _worst(got, y, error):
-    """The largest error that the results need, over the bound: the distance from y to the edge of got's rounding cell."""
+def _needed(got, y, error):
+    """The error that each result needs, over the bound: the distance from y to the edge of got's rounding cell; 0 where got is y rounded."""
     differs = (got != round_to(y, got.dtype)) & got.isfinite() & y.isfinite()
-    if not bool(differs.any()):
-        return 0.0
-    got, y, error = got[differs], y[differs], error[differs]
     toward = torch.nextafter(got, torch.where(y > got.double(), torch.inf, -torch.inf).to(got.dtype))
     # Beyond the largest number lies infinity: its cell ends half an ulp further on.
     step = got.double() - torch.nextafter(got, torch.zeros_like(got)).double()
     edge = torch.where(toward.isinf(), got.double() + step / 2, (got.double() + toward.double()) / 2)
-    return float(((edge - y).abs() / error).max())
+    return torch.where(differs, (edge - y).abs() / error, 0.0)
 
 
 def _ulps(low, high, y):

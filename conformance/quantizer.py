@@ -7,7 +7,9 @@ With u = 2^-24. Scale: raw = amax / MAX by division or by a rounded reciprocal i
 second-level scale, which divides once more and may do so by reciprocal, |d| <= 3u. Roundings are monotone, so the scales of
 amax (1 - d) and amax (1 + d) bracket it. Codes: t = x / (scale scale_2) takes at most four roundings (the product of the
 scales, its reciprocal, the product with x, and one to bring x to float32): t (1 + d), |d| <= gamma(4); with an offset one more, to
-subtract it from x in float32. A rotation in float32 adds (log2 B + 2) u |x|_1 / sqrt(B) over its block, to x and so to amax.
+subtract it from x in float32. Where all of these are exact (a scale that is a power of two, x as it is), d = 0: ties go where the rule says.
+Else a code at the far side of an edge that t is not beyond, an alternate, is legitimate within the band of d only, and there in no more than half
+of the elements, give or take 6 sigma: |d| at its largest, of one sign, moves just the half of a band's t across the edge. A rotation in float32 adds (log2 B + 2) u |x|_1 / sqrt(B) over its block, to x and so to amax.
 """
 
 from dataclasses import replace
@@ -113,7 +115,7 @@ def judge_codes(q, values, error, zero=None, rounding="nearest_even", offset=Non
         # Bringing x to float32, too, goes before the difference.
         error, values = error + U * (values.abs() + (values - offset).abs()), values - offset
     t = torch.where(step == 0, 0.0, values / safe)
-    slack = CODE * t.abs() + torch.where(step == 0, 0.0, error / safe.abs())
+    slack = torch.where(_powers(q, values.shape), 0.0, CODE * t.abs()) + torch.where(step == 0, 0.0, error / safe.abs())
     if zero is not None:
         t, slack = t + zero, slack + U * (t.abs() + zero.abs())
     codes = unpack(q.packed, element.bits, values.shape[-1])
@@ -126,6 +128,31 @@ def judge_codes(q, values, error, zero=None, rounding="nearest_even", offset=Non
         at = tuple(wrong.nonzero()[0].tolist())
         raise Disagreement(
             "code: bits", f"code{list(at)} = {codes[at].item()}, admissible {low[at].item()} only (value {got[at].item():.9g})"
+        )
+    _judge_alternates(t, slack, low_value < high_value, got != decode(encode(t, element, rounding), element))
+
+
+def _powers(q, shape):
+    """bool, broadcastable to shape: where a division by the scales is exact."""
+    power = torch.frexp(decode_scale(q.scale, q.format.scale)).mantissa == 0.5
+    power = untile(power, q.format.group, shape)
+    return power if q.scale_2 is None else power & (torch.frexp(q.scale_2.double()).mantissa == 0.5)
+
+
+def _judge_alternates(t, slack, open_, other):
+    """Of the elements that are open to two codes, hardly more than half may have the one that t does not round to.
+
+    A t that comes again counts once, as its elements share their fate.
+    """
+    t, slack, other = t[open_], slack[open_], other[open_]
+    size, order = t.abs().sort()
+    first = torch.ones_like(other)
+    first[1:] = size[1:] != size[:-1]
+    count, alternates = int(first.sum()), int((other[order] & first).sum())
+    if alternates > count / 2 + 3 * count**0.5:
+        raise Disagreement(
+            "code: ties",
+            f"{alternates} of {count} values near an edge have the code beyond it, admissible {count / 2 + 3 * count**0.5:.0f}",
         )
 
 

@@ -12,12 +12,12 @@ from ref.rounding import round_to
 
 from .case import DTYPES
 
-# What x and the weights are like. exact and one_hot call for (nearly) bit equality; the last row has special values.
-DATA = (
-    *("exact", "one_hot"),
-    *("normal", "positive", "heavy", "cancelling", "outlier", "huge", "tiny", "zero_row"),
-    *("subnormal_scale", "nan", "inf"),
-)
+# What x and the weights are like. The first call for (nearly) bit equality; in unique, the scales of groups differ, and x picks a column for
+# each row, so that a wrong result tells whose place it came from (probes). The last have special values.
+EXACT = ("exact", "one_hot", "unique")
+RANDOM = ("normal", "positive", "heavy", "cancelling", "outlier", "huge", "tiny", "zero_row")
+SPECIAL = ("subnormal_scale", "nan", "inf")
+DATA = EXACT + RANDOM + SPECIAL
 
 _GOLDEN, _MIX_1, _MIX_2 = -7046029254386353131, -4658895280553007687, -7723592293110705685
 
@@ -75,6 +75,10 @@ def draw_x(seed, m, k, dtype, data, w_row=None):
     if data == "one_hot":
         at = below(hashed(seed, "hot", m, 1), max(k, 1))
         return ((torch.arange(k) == at) * torch.where(at % 3 == 0, -0.5, 1.0)).to(DTYPES[dtype])
+    if data == "unique":
+        # Neighbouring rows pick columns that are no neighbours.
+        at = (seed + torch.arange(m)[:, None] * 37) % max(k, 1)
+        return (torch.arange(k) == at).to(DTYPES[dtype])
     x = normal(bits)
     if data == "positive":
         x = x.abs() + 0.125

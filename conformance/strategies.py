@@ -12,16 +12,15 @@ from ref.rule import default_rule
 from . import formats
 from .case import DequantizeCase, LinearCase, PackCase, QuantizeCase, QuantizeInputCase, UnpackCase
 from .formats import choose, generated, generated_activation, is_activation, matching_activations
-from .regimes import DATA
+from .regimes import RANDOM, SPECIAL
 
 SEEDS = st.integers(0, 2**32 - 1)
 TILES = (16, 32, 64, 128)
 # n * k * m of a case stays below this: a few milliseconds, also in an interpreter.
 LARGEST = 400_000
 
-EXACT = ("exact",) * 9 + ("one_hot",) * 3
-LINEAR_DATA = EXACT + DATA[2:10] * 2 + DATA[10:]
-QUANTIZED_DATA = ("exact",) * 9 + ("normal", "positive", "heavy", "cancelling", "outlier", "huge", "tiny", "zero_row") * 2
+LINEAR_DATA = ("exact",) * 9 + ("one_hot", "one_hot", "unique") + RANDOM * 2 + SPECIAL
+QUANTIZED_DATA = ("exact",) * 9 + RANDOM * 2
 VALUE_DATA = ("normal", "normal", "positive", "heavy", "outlier", "huge", "tiny", "zero_row")
 
 

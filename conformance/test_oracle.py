@@ -8,14 +8,18 @@ from hypothesis import given, settings
 
 from ref.format import FORMATS, parse_format
 from ref.qtensor import validate
+from ref.rounding import round_to
 
-from . import formats, strategies
+from . import accumulators as acc
+from . import formats, strategies, wrong
 from .case import LinearCase, UnpackCase, read_case, reproduction
+from .emulate import block_sum, ieee_sum, tree_sum
 from .ops import operations
 from .ops.linear_data import draw
-from .oracle import Disagreement, compare, equal, within
+from .oracle import Disagreement, admitted, compare, equal, interval, rounded_away, within
 from .quantizer import hull
 from .regimes import DATA, draw_x, hashed, view_of
+from .test_accumulators import data as sums_of
 from .weights import draw_weight, exact_codes, lowest_bit
 
 LIGHT = settings(max_examples=25, deadline=None, database=None, derandomize=True)
@@ -45,6 +49,95 @@ def test_rounding_twice_is_not_rounding_once():
 def test_wide_elements_are_counted():
     y = torch.ones(4, dtype=torch.float64)
     assert compare(torch.ones(4, dtype=torch.bfloat16), y, torch.tensor([0.0, 2.0**-9, 0.5, 0.5])).wide == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_at_every_midpoint_only_what_is_rounded_once_is_admissible(dtype):
+    """Just beside the midpoint of every two numbers, by less than float32 can tell, and on it."""
+    infinity = torch.tensor(math.inf).to(dtype).view(torch.int16).item()
+    codes = torch.arange(0, infinity - 1, dtype=torch.int16)
+    below, above = codes.view(dtype), (codes + 1).view(dtype)
+    middle = (below.double() + above.double()) / 2
+    even = torch.where(codes % 2 == 0, below, above)
+    for y, want in ((middle, even), (middle * (1 - 2.0**-50), below), (middle * (1 + 2.0**-50), above)):
+        for sign in (1.0, -1.0):
+            compare(sign * want, sign * y, 0.0)
+            other = torch.where(want == below, above, below)
+            assert not bool(admitted(sign * other, sign * y, torch.tensor(0.0)).any())
+    # With a bound both neighbours are.
+    assert bool((admitted(below, middle, middle * 2.0**-30) & admitted(above, middle, middle * 2.0**-30))[1:].all())
+
+
+def test_what_an_agreement_counts():
+    y = torch.tensor([1.0, 1.0, 1.0, 1.0, 3.0], dtype=torch.float64)
+    error = torch.tensor([0.0, 2.0**-12, 2.0**-7, 2.0**-3, 2.0**-2])
+    got = torch.tensor([1.0, 1.0, 1.0 + 2.0**-7, 1.0, 2.875], dtype=torch.bfloat16)
+    agreement = compare(got, y, error)
+    assert (agreement.elements, agreement.wide, agreement.matches) == (4, 2, 2)
+    # One value; 3 of them; 24 below 1 and 16 above; 32.
+    assert sum(agreement.widths) == 4 and agreement.widths[0] == 1 and agreement.widths[1] == 1 and sum(agreement.widths[4:6]) == 2
+    assert sum(agreement.errors) == 4 and agreement.errors[0] == 2 and agreement.worst < 0.75
+    assert len(agreement.widths) == 16 and len(agreement.errors) == 10
+
+
+def leaning(kernel, unit, dtype, store=round_to, kinds=("normal", "positive", "heavy")):
+    """(away, toward) of a kernel's results under the bound of its adder, in order where it keeps 13 bits."""
+    total = [0, 0]
+    for kind in kinds:
+        for seed, k in enumerate((64, 200, 400)):
+            x, w = sums_of(kind, k, seed, torch.float8_e4m3fn if unit != "ieee" and unit.kept < 16 else torch.bfloat16, 24, 24)
+            y, s = x @ w.T, x.abs() @ w.abs().T
+            error = (
+                acc.coefficient(torch.tensor(k), 1, "cpu", False, False, unit) * s
+                if unit in ("ieee", acc.MMA_16)
+                else acc.running(x, w, unit)
+            )
+            got = store(kernel(x, w, y, error), dtype)
+            counts = rounded_away(got, y, error, *interval(y, error, dtype))
+            total = [a + b for a, b in zip(total, counts, strict=True)]
+    return total
+
+
+def sigmas(counts):
+    return (counts[0] - counts[1]) / math.sqrt(max(sum(counts), 1))
+
+
+def chain(x, w, y, error):
+    return ieee_sum(x, w, torch.arange(x.shape[1]))
+
+
+UNITS = {
+    "ascending": (chain, "ieee"),
+    "pairs": (lambda x, w, y, error: tree_sum(x, w), "ieee"),
+    "16 bits": (lambda x, w, y, error: block_sum(x, w, acc.MMA_16), acc.MMA_16),
+    "fp8": (lambda x, w, y, error: block_sum(x, w, acc.MMA_FP8), acc.MMA_FP8),
+    "fp8 not promoted": (lambda x, w, y, error: block_sum(x, w, acc.Block(32, 13, 13)), acc.Block(32, 13, 13)),
+}
+
+
+@pytest.mark.parametrize("name", UNITS)
+def test_truncating_adders_do_not_lean_and_truncated_results_do(name):
+    kernel, unit = UNITS[name]
+    dtype = torch.bfloat16 if name.startswith("fp8") else torch.float16
+    right = leaning(kernel, unit, dtype)
+    assert sum(right) > 200 and abs(sigmas(right)) < 4
+    assert sigmas(leaning(kernel, unit, dtype, wrong.truncating_store.store)) < -8
+
+
+def test_sums_that_are_always_off_by_most_of_the_bound_lean():
+    """Such a kernel passes the interval test everywhere; so does one that is off by less than half, and that does not lean."""
+
+    def off(part):
+        return lambda x, w, y, error: y - torch.sign(y) * error * part
+
+    assert sigmas(leaning(off(0.98), "ieee", torch.float16)) < -8
+    assert abs(sigmas(leaning(off(0.49), "ieee", torch.float16))) < 4
+
+
+def test_one_number_in_many_places_is_one_throw():
+    y = torch.full((100, 100), 1 + 2.0**-8 + 2.0**-18, dtype=torch.float64)
+    error = torch.full_like(y, 2.0**-17.5)
+    assert compare(round_to(y, torch.bfloat16), y, error).signed == (1, 0)
 
 
 def test_bit_equality_and_ranges():

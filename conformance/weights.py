@@ -28,14 +28,15 @@ def draw_weight(seed, fmt, shape, data="normal", order=False, bits=7, scales=Tru
         data: "exact": codes whose values are multiples of one power of two and at most 2^bits times it, scales that are powers of
             two, integer zero points. Other regimes: half of the seeds have normally distributed values, half have all finite
             codes alike; scales of any mantissa over some octaves (negative in an eighth of the groups where the dtype has a
-            sign), any zero point. "subnormal_scale": scales around and below the smallest normal one.
+            sign), any zero point. "subnormal_scale": scales around and below the smallest normal one. "unique": all codes alike, and
+            scales that differ from group to group, of 8 bits.
         order: with a group_index.
         scales: False makes all scales of "exact" one and the same.
         positive: no negative weights, as far as codes decide that.
     """
     fmt = parse_format(fmt)
     *lead, n, k = shape
-    table = exact_codes(fmt.element, bits, seed % 64) if data == "exact" else _codes(fmt.element, seed % 2 == 0)
+    table = exact_codes(fmt.element, bits, seed % 64) if data == "exact" else _codes(fmt.element, data == "unique" or seed % 2 == 0)
     if positive and fmt.zero is None:
         table = _without_negative(fmt.element, table)
     codes = table[below(hashed(seed, "code", *shape), len(table))]
@@ -49,7 +50,11 @@ def draw_weight(seed, fmt, shape, data="normal", order=False, bits=7, scales=Tru
     else:
         octaves = below(noise >> 33, 4) - _log2_top(fmt.element) - 1
         scale = torch.ldexp(1 + (noise & 0xFFFFFF).double() * 2.0**-24, octaves)
-    signed = _signed(fmt.scale)
+    if data == "unique":
+        # A different one for each of 1024 groups in a row, where the dtype has so many.
+        place = torch.arange(scale.numel()).view(scale_shape) * 395 + seed
+        scale = torch.ldexp(1 + (place % 128).double() / 128, place // 128 % 8 - _log2_top(fmt.element) - 2)
+    signed = _signed(fmt.scale) and data != "unique"
     if signed and seed % 4 == 0:
         scale = torch.where(below(noise >> 40, 8) == 0, -scale, scale)
     if fmt.scale == "ue5m3" or fmt.scale in ("e4m3", "e5m2"):

@@ -4,7 +4,7 @@ A module has
     FUNCTION                     the candidate's function
     labels(formats)              the rows of the report: those of `formats` (names) that the operation has
     cases(label, config)         a Hypothesis strategy; config: a strategy for the part that is costly to prepare, or None
-    build(case, device, variants) -> Problem
+    build(case, device, declared) -> Problem; declared: what the candidate says of itself, a Declaration, or None
 and it may have
     pool(label, size, seed)      a strategy of so many configurations, of which cases takes one
     SHARE                        of the examples, and of the seconds that a slow implementation has in a cell (default 1)
@@ -40,6 +40,11 @@ class Problem:
 
     def __post_init__(self):
         self.pristine = {name: t.clone() for name, t in self.owned.items()}
+
+
+def accepted(declared, variants):
+    """Of an operation's variants, those that a candidate may follow: the declared ones, or all of them."""
+    return variants if declared is None or declared.variants is None else declared.variants
 
 
 def parts_of(q, name):

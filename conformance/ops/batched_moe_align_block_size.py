@@ -21,7 +21,7 @@ def cases(label, config=None):
     return moe_strategies.batched_align_cases()
 
 
-def build(case, device, variants=None):
+def build(case, device, declared=None):
     device = torch.device(device)
     counts = torch.tensor(case.counts, dtype=torch.int64 if case.int64 else torch.int32)
     want = batched_moe_align_block_size(case.max_tokens, case.block_size, counts)

@@ -31,7 +31,7 @@ def cases(label, config=None):
     return strategies.dequantize_cases(label)
 
 
-def build(case, device, variants=None):
+def build(case, device, declared=None):
     device = torch.device(device)
     fmt = parse_format(case.format)
     lead = () if case.experts is None else (case.experts,)

@@ -20,7 +20,7 @@ def cases(label, config=None):
     return moe_strategies.expert_map_cases()
 
 
-def build(case, device, variants=None):
+def build(case, device, declared=None):
     device = torch.device(device)
     want = expert_map(case.e, case.ranks, case.rank, case.placement)
 

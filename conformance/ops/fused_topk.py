@@ -12,7 +12,7 @@ from .. import moe_strategies, routing
 from ..case import DTYPES
 from ..oracle import equal
 from ..regimes import below, hashed, normal, view_of
-from . import Problem
+from . import Problem, accepted
 
 FUNCTION = "fused_topk"
 SHARE = 0.5
@@ -27,14 +27,18 @@ def cases(label, config=None):
 
 
 def draw_logits(seed, m, e, dtype, data):
-    """(m, e) of a regime: integers, ties and equal (three numbers a row, one), normal, close (an ulp or two apart), wide, masked (some are -inf), nan, inf."""
+    """(m, e) of a regime: integers, ties and equal (three numbers a row, one of them zero, or one number), normal, low (scores near zero),
+    close (an ulp or two apart), wide, masked (some are -inf), nan, inf. A zero has any sign."""
     bits = hashed(seed, "logits", m, e)
     v = normal(bits)
     if data == "integers":
         v = (below(bits, 7) - 3).float()
     elif data in ("equal", "ties"):
         # One, or three numbers a row.
-        v = normal(hashed(seed, "values", m, 3)).gather(1, below(bits, 3 if data == "ties" else 1))
+        values = normal(hashed(seed, "values", m, 3)) * torch.tensor((1.0, 1.0, 0.0))
+        v = values.gather(1, below(bits, 3 if data == "ties" else 1))
+    elif data == "low":
+        v = v * 2 - 12
     elif data == "close":
         v = 1 + below(bits, 3) * 2.0**-23 if dtype == "fp32" else 1 + below(bits, 3) * (2.0**-10 if dtype == "fp16" else 2.0**-7)
     elif data == "wide":
@@ -43,6 +47,7 @@ def draw_logits(seed, m, e, dtype, data):
         v = torch.where((below(bits >> 32, 3) == 0) & (torch.arange(e) != seed % e), -torch.inf, v)
     elif data in ("nan", "inf") and m:
         v = torch.where(below(bits >> 40, 4) == 0, float("nan") if data == "nan" else float("inf") * (-1) ** (seed % 2), v)
+    v = torch.where((v == 0) & (below(bits >> 24, 2) == 1), -0.0, v)
     return round_to(v.double(), DTYPES[dtype])
 
 
@@ -52,7 +57,7 @@ def draw_bias(seed, e, dtype, data):
     return bias.to(DTYPES[dtype])
 
 
-def build(case, device, variants=None):
+def build(case, device, declared=None):
     device = torch.device(device)
     logits = draw_logits(case.seed, case.m, case.e, case.dtype, case.data)
     bias = None if case.bias is None else draw_bias(case.seed, case.e, case.bias, case.data)
@@ -66,8 +71,8 @@ def build(case, device, variants=None):
 
     def choice(ids):
         rows = len(ids)
-        accepted = variants or routing.VARIANTS
-        return routing.judge_choice(ids, logits[:rows], _head(found, rows), bias, case.groups, case.topk_group, accepted)
+        legal = accepted(declared, routing.VARIANTS)
+        return routing.judge_choice(ids, logits[:rows], _head(found, rows), bias, case.groups, case.topk_group, legal)
 
     return finish(case, found, device, (view, case.top_k), kwargs, owned, choice)
 

@@ -10,7 +10,6 @@ import torch
 
 from ref.combine import take_expert
 from ref.format import parse_format
-from ref.linear import VARIANTS
 from ref.qtensor import QTensor
 
 from ..accumulators import ETA, U
@@ -100,7 +99,7 @@ def draw_weights(case, slots):
 class GroupedTruth:
     """The exact answers of one case: those of linear, for each expert and its rows."""
 
-    def __init__(self, data, device, variants, source, owner, weights=None, count=None):
+    def __init__(self, data, device, declared, source, owner, weights=None, count=None):
         """
         Args:
             source, owner: int64 (slots,): of each row of the result the row of x, and the expert, -1 for zeros.
@@ -117,7 +116,7 @@ class GroupedTruth:
             linear = LinearCase(lead=(int(rows.sum()),), **{name: getattr(case, name) for name in names})
             bias = None if data.bias is None else data.bias[expert]
             one = LinearData(linear, self.x[rows], take_expert(data.w, expert), bias, data.x_scale, data.exact)
-            self.experts[expert] = Truth(one, device, variants or tuple(VARIANTS))
+            self.experts[expert] = Truth(one, device, declared)
         self.variants = next(iter(self.experts.values())).variants if self.experts else ["exact"]
 
     def check(self, y):
@@ -132,7 +131,7 @@ class GroupedTruth:
         for variant in self.variants:
             exact, error = self.answer(variant)
             try:
-                agreement = compare(y[ordinary], exact[ordinary], error[ordinary])
+                agreement = compare(y[ordinary], exact[ordinary], error[ordinary], fair=self.case.x_format is None)
                 agreement.variant = variant
                 return agreement
             except Disagreement as disagreement:

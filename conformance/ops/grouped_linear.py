@@ -22,7 +22,7 @@ def cases(label, config=None):
     return grouped_cases(label)
 
 
-def build(case, device, variants=None):
+def build(case, device, declared=None):
     device, counts = torch.device(device), case.route.counts(case.seed)
     r = int(counts.sum()) + case.more
     data = draw(case, case.route.e, r)
@@ -31,5 +31,5 @@ def build(case, device, variants=None):
     w, kwargs, owned = of_case(case, data, device)
     offsets = torch.cat((counts.new_zeros(1), counts.cumsum(0))).to(torch.int64 if case.int64 else torch.int32).to(device)
     owned |= {"x": buffer, "expert_first_token_offset": offsets}
-    truth = GroupedTruth(data, device, variants, torch.arange(r), owner)
+    truth = GroupedTruth(data, device, declared, torch.arange(r), owner)
     return Problem((view, w, offsets), truth.check, device, owned, kwargs, ((r, case.n), DTYPES[case.dtype]))

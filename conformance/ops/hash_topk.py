@@ -19,7 +19,7 @@ def cases(label, config=None):
     return moe_strategies.hash_topk_cases()
 
 
-def build(case, device, variants=None):
+def build(case, device, declared=None):
     device = torch.device(device)
     integer = torch.int64 if case.int64 else torch.int32
     logits = draw_logits(case.seed, case.m, case.e, case.dtype, case.data)

@@ -19,7 +19,7 @@ def cases(label, config=None):
     return indexed_cases(label)
 
 
-def build(case, device, variants=None):
+def build(case, device, declared=None):
     device, route = torch.device(device), case.route
     slots, top_k = route.n, 1 if case.second else route.t
     data = draw(case, max(route.local_experts, 1), slots // top_k)
@@ -35,5 +35,5 @@ def build(case, device, variants=None):
     weights = draw_weights(case, slots)
     if weights is not None:
         kwargs["topk_weights"] = owned["topk_weights"] = weights.to(device)
-    truth = GroupedTruth(data, device, variants, torch.arange(slots) // top_k, owner, weights)
+    truth = GroupedTruth(data, device, declared, torch.arange(slots) // top_k, owner, weights)
     return Problem((view, w, *blocks, top_k), truth.check, device, owned, kwargs, ((slots, case.n), DTYPES[case.dtype]))

@@ -17,7 +17,7 @@ def cases(label, config=None):
     return grouped_cases(label, MaskedLinearCase)
 
 
-def build(case, device, variants=None):
+def build(case, device, declared=None):
     device, counts = torch.device(device), case.route.counts(case.seed)
     e = case.route.e
     most = int(counts.max()) + case.more
@@ -28,7 +28,7 @@ def build(case, device, variants=None):
     counts = counts.to(torch.int64 if case.int64 else torch.int32).to(device)
     owned |= {"x": buffer, "counts": counts}
     owner = torch.where(here, torch.arange(e).repeat_interleave(most), -1)
-    truth = GroupedTruth(data, device, variants, torch.arange(e * most), owner, count=here)
+    truth = GroupedTruth(data, device, declared, torch.arange(e * most), owner, count=here)
 
     def check(y):
         return truth.check(y.reshape(e * most, case.n))

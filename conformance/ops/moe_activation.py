@@ -16,12 +16,14 @@ from ..case import DTYPES
 from ..gates import gates, product
 from ..oracle import Agreement, Disagreement, compare
 from ..quantizer import judge_codes, judge_scale, scale_range
-from ..regimes import hashed, normal, view_of
-from . import Problem
+from ..regimes import below, hashed, normal, view_of
+from . import Problem, accepted
 from .quantize_input import checked
 
 FUNCTION = "moe_activation"
 VARIANTS = ("exact", "gate rounded")
+# Powers of two of the regime "mixed"; the first is zero in float16.
+SIZES = (-50, -12, -4, -2, 0, 0, 2, 5)
 
 
 def labels(formats):
@@ -33,7 +35,7 @@ def cases(label, config=None):
 
 
 def draw_x(case):
-    """(m, columns) of a regime: normal, wide, far (saturated), huge (to the largest number), small, nan, inf."""
+    """(m, columns) of a regime: normal, wide, far (saturated), huge (to the largest number), small, mixed (elements of all sizes, one NaN), nan, inf."""
     columns = case.n * (2 if ACTIVATIONS[case.activation].gated else 1)
     bits = hashed(case.seed, "x", case.m, columns)
     x = normal(bits).double()
@@ -46,12 +48,14 @@ def draw_x(case):
         x = x * (2.0**13 if case.dtype == "fp16" else 2.0**125)
     elif case.data == "small":
         x = x * (2.0**-10 if case.dtype == "fp16" else 2.0**-50)
-    elif case.data in ("nan", "inf") and x.numel():
-        x[case.seed % case.m, (case.seed // 64) % columns] = float("nan") if case.data == "nan" else float("inf") * (-1) ** (case.seed % 2)
+    elif case.data == "mixed":
+        x = torch.ldexp(x, torch.tensor(SIZES)[below(hashed(case.seed, "sizes", case.m, columns), len(SIZES))])
+    if case.data in ("mixed", "nan", "inf") and x.numel():
+        x[case.seed % case.m, (case.seed // 64) % columns] = float("inf") * (-1) ** (case.seed % 2) if case.data == "inf" else float("nan")
     return round_to(x, DTYPES[case.dtype])
 
 
-def build(case, device, variants=None):
+def build(case, device, declared=None):
     device, x = torch.device(device), draw_x(case)
     view, buffer = view_of(x, case.lead, case.pad, case.offset, case.transposed, device)
     given = {name: getattr(case, name) for name in ("limit", "alpha", "beta", "up_beta") if getattr(case, name) is not None}
@@ -65,7 +69,7 @@ def build(case, device, variants=None):
 
     def check(result):
         got, first = result.reshape(shape), None
-        for variant in variants or VARIANTS:
+        for variant in accepted(declared, VARIANTS):
             y, error = product(*(_rounded(a, off, result.dtype) if variant == "gate rounded" else (a, off)), u, u_off)
             try:
                 agreement = compare(torch.where(silent, 0, got), torch.where(silent, 0.0, y), torch.where(silent, 0.0, error))

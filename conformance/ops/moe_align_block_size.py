@@ -6,7 +6,7 @@ from ref.moe import moe_align_block_size
 
 from .. import moe_strategies
 from ..oracle import Agreement, Disagreement, equal
-from . import Problem
+from . import Problem, accepted
 
 FUNCTION = "moe_align_block_size"
 VARIANTS = ("stable", "any order")
@@ -22,7 +22,7 @@ def cases(label, config=None):
     return moe_strategies.align_cases()
 
 
-def build(case, device, variants=None):
+def build(case, device, declared=None):
     device, route = torch.device(device), case.route
     ids, mapped = route.ids(case.seed), route.expert_map(case.seed)
     want = moe_align_block_size(ids, case.block_size, route.e, mapped, case.pad, case.ignore)
@@ -34,7 +34,7 @@ def build(case, device, variants=None):
             equal(result[0], want[0], PARTS[0])
         except Disagreement:
             variant = "any order"
-            if variant not in (variants or VARIANTS):
+            if variant not in accepted(declared, VARIANTS):
                 raise
             equal(in_order(result[0], want[0], ids), want[0], f"{PARTS[0]}, each expert's in order")
         for got, part, name in zip(result[1:], want[1:], PARTS[1:], strict=True):

@@ -26,7 +26,7 @@ def cases(label, config=None):
     return moe_strategies.mul_sum_cases()
 
 
-def build(case, device, variants=None):
+def build(case, device, declared=None):
     device, route = torch.device(device), case.route
     m, t, k = route.m, route.t, case.k
     with_ids = case.ids or route.ranks > 0

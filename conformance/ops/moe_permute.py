@@ -12,7 +12,7 @@ from .. import moe_strategies
 from ..case import DTYPES
 from ..oracle import Agreement, Disagreement, equal
 from ..regimes import hashed, normal, view_of
-from . import Problem
+from . import Problem, accepted
 from .moe_align_block_size import VARIANTS, in_order
 
 FUNCTION = "moe_permute"
@@ -47,7 +47,7 @@ def call(case, x, device):
     return (view, owned["topk_ids"], route.e), kwargs, owned
 
 
-def build(case, device, variants=None):
+def build(case, device, declared=None):
     device, route = torch.device(device), case.route
     x = draw_x(case)
     dtype = torch.int64 if case.offset_int64 else torch.int32
@@ -64,7 +64,7 @@ def build(case, device, variants=None):
             equal(got, order, "permuted_idx")
         except Disagreement:
             variant = "any order"
-            if variant not in (variants or VARIANTS):
+            if variant not in accepted(declared, VARIANTS):
                 raise
             equal(in_order(got, order, ids), order, "permuted_idx, each expert's in order")
         used = got < route.n

@@ -6,7 +6,7 @@ from ref.moe import moe_scatter_masked
 
 from .. import moe_strategies
 from ..oracle import Agreement, Disagreement, equal
-from . import Problem
+from . import Problem, accepted
 from .moe_align_block_size import VARIANTS
 from .moe_permute import call, draw_x
 
@@ -22,7 +22,7 @@ def cases(label, config=None):
     return moe_strategies.scatter_cases()
 
 
-def build(case, device, variants=None):
+def build(case, device, declared=None):
     device, route = torch.device(device), case.route
     x, local = draw_x(case), route.local(case.seed)
     most = max(route.counts(case.seed).tolist(), default=0) + case.more
@@ -37,7 +37,7 @@ def build(case, device, variants=None):
             equal(places, inverse, "inv_permuted_idx")
         except Disagreement:
             variant = "any order"
-            if variant not in (variants or VARIANTS):
+            if variant not in accepted(declared, VARIANTS):
                 raise
             # Each slot on its expert's plane, and all of the same places taken.
             equal(places.long().div(max(most, 1), rounding_mode="floor"), local, "inv_permuted_idx, its plane")

@@ -22,7 +22,7 @@ def cases(label, config=None):
     return moe_strategies.unpermute_cases()
 
 
-def build(case, device, variants=None):
+def build(case, device, declared=None):
     device, route = torch.device(device), case.route
     m, t, k = route.m, route.t, case.k
     live = route.local(case.seed) >= 0

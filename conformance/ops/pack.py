@@ -26,7 +26,7 @@ def draw_codes(case):
     return below(hashed(case.seed, "codes", torch.Size(case.lead).numel(), case.k), 2**case.bits)
 
 
-def build(case, device, variants=None):
+def build(case, device, declared=None):
     device = torch.device(device)
     codes = draw_codes(case).to(INTEGERS[case.integer])
     view, buffer = view_of(codes, case.lead, case.pad, 0, False, device)

@@ -42,7 +42,7 @@ def draw(case):
     return w.reshape(*(() if case.experts is None else (case.experts,)), case.n, case.k)
 
 
-def build(case, device, variants=None):
+def build(case, device, declared=None):
     device = torch.device(device)
     fmt = parse_format(case.format)
     w = draw(case)

@@ -23,7 +23,7 @@ def cases(label, config=None):
     return strategies.quantize_input_cases(label)
 
 
-def build(case, device, variants=None):
+def build(case, device, declared=None):
     device = torch.device(device)
     fmt = parse_format(case.format)
     x = draw_x(case.seed, case.m, case.k, case.dtype, case.data)

@@ -19,7 +19,7 @@ def cases(label, config=None):
     return strategies.unpack_cases(label)
 
 
-def build(case, device, variants=None):
+def build(case, device, declared=None):
     device = torch.device(device)
     codes = draw_codes(case)
     packed = pack(codes, case.bits)

@@ -1,12 +1,8 @@
-"""The report: progress while it runs, a table at the end, JSON for machines."""
+"""The report as text: progress while it runs, a table at the end."""
 
-import json
-import platform
 import sys
 
-import torch
-
-SCHEMA = 1
+from ..status import FAILING, STATUSES
 
 
 def progress(done, total, cells, seconds, stream=None):
@@ -15,7 +11,7 @@ def progress(done, total, cells, seconds, stream=None):
     if not stream.isatty():
         return
     for cell in cells:
-        if cell.status == "fail":
+        if cell.status in FAILING:
             stream.write(f"\r\x1b[K{failure(cell)}\n")
     last = cells[-1]
     stream.write("\r\x1b[K" if done == total else f"\r\x1b[K{done}/{total} cells, {seconds:.0f} s: {last.op} {last.label}")
@@ -23,9 +19,10 @@ def progress(done, total, cells, seconds, stream=None):
 
 
 def failure(cell):
-    """A failure in three lines: what, the first wrong coordinate, how to see it again."""
+    """A failure in up to three lines: what, the first wrong coordinate, how to see it again."""
     impl = f" impl {cell.impl}" if cell.impl else ""
-    return f"FAIL {cell.op} {cell.label}{impl}\n  {cell.error}\n  {cell.reproduce}"
+    lines = [f"{cell.status.upper()} {cell.op} {cell.label}{impl}", *(f"  {line}" for line in (cell.error, cell.reproduce) if line)]
+    return "\n".join(lines)
 
 
 def table(cells):
@@ -48,23 +45,7 @@ def table(cells):
 
 def summary(cells, seconds):
     """The last line: how many cells of each status, and examples."""
-    counts = {}
-    for cell in cells:
-        counts[cell.status] = counts.get(cell.status, 0) + 1
+    counts = {status: sum(cell.status == status for cell in cells) for status in STATUSES}
     examples = sum(cell.examples for cell in cells)
-    parts = ", ".join(f"{count} {status}" for status, count in sorted(counts.items()))
-    return f"{parts}; {examples} examples in {seconds:.0f} s"
-
-
-def write_json(path, cells, run):
-    """Everything in the table, and what it was run on.
-
-    Args:
-        run: the settings of the run, a dict.
-    """
-    device = torch.device(run["device"])
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
-    document = {"schema": SCHEMA, "run": run, "torch": torch.__version__, "device_name": name, "cells": [c.as_dict() for c in cells]}
-    with open(path, "w") as file:
-        json.dump(document, file, indent=1)
-        file.write("\n")
+    parts = ", ".join(f"{count} {status}" for status, count in counts.items() if count)
+    return f"{parts}; {examples} examples in {seconds:.0f} s, {examples / max(seconds, 1e-9):.0f} a second"
