@@ -41,9 +41,7 @@ def main(argv=None):
     try:
         args = _parse(argv)
         pool = worker.Pool(args.device, args.timeout, quiet=args.case is None) if args.jobs else None
-        args.description = _describe(args, pool)
-        args.impls = _impls(args)
-        args.pool, args.seconds = (_by_impl(args, name, defaults) for name, defaults in (("pool", POOLS), ("seconds", SECONDS)))
+        settle(args, pool)
         return _run(args, pool) if args.case is None else _single(args, pool)
     except (UsageError, ValueError) as error:
         print(f"conformance: {error}", file=sys.stderr)
@@ -80,7 +78,7 @@ def _run(args, pool):
     blocked.mark(cells)
     seconds = time.perf_counter() - start
     complaints = list(waivers.complaints(args.waivers, cells, args.narrowed or interrupted))
-    _show(args, cells, seconds, complaints)
+    _show(cells, seconds, complaints, fingerprint)
     try:
         _write(args, cells, seconds, fingerprint)
     except OSError as error:
@@ -93,9 +91,12 @@ def _run(args, pool):
     return int(bool(complaints) or any(c.status in FAILING for c in cells))
 
 
-def _show(args, cells, seconds, complaints):
+def _show(cells, seconds, complaints, fingerprint):
     print(report.table(cells))
+    if fingerprint:
+        print(report.fingerprint(fingerprint))
     print(report.summary(cells, seconds))
+    print(report.power(report.measured_power()))
     for c in cells:
         if c.status in FAILING:
             print(report.failure(c))
@@ -130,6 +131,14 @@ def _single(args, pool):
     if all(c.status == "not provided" for c in cells):
         return 2
     return int(any(c.status in FAILING for c in cells))
+
+
+def settle(args, pool):
+    """What depends on the candidate: its description, and what it is tried with where the arguments do not say."""
+    args.description = _describe(args, pool)
+    args.formats = _formats(args.description.formats or formats.MAIN) if args.formats is None else args.formats
+    args.impls = _impls(args)
+    args.pool, args.seconds = (_by_impl(args, name, defaults) for name, defaults in (("pool", POOLS), ("seconds", SECONDS)))
 
 
 def _describe(args, pool):
@@ -181,7 +190,9 @@ def _parse(argv):
     parser = _Parser(prog="python -m conformance", description=__doc__)
     parser.add_argument("--candidate", required=True, help="pkg.mod or pkg.mod:attr, with functions of ref's names and signatures")
     parser.add_argument("--ops", help="comma-separated; default: all")
-    parser.add_argument("--formats", help="comma-separated names, or 'generated'; default: the main formats and generated ones")
+    parser.add_argument(
+        "--formats", help="comma-separated names, or 'generated'; default: the candidate's FORMATS, or the main formats and generated ones"
+    )
     parser.add_argument("--impl", help="comma-separated values of impl=; default for fast: all that the device has")
     parser.add_argument("--device", help="default: cuda where there is one, else cpu")
     parser.add_argument("--profile", default="ci", help=", ".join(f"{name} ({n} examples)" for name, n in PROFILES.items()))
@@ -209,7 +220,7 @@ def _parse(argv):
     args.device = _device(args.device)
     args.kind = torch.device(args.device).type
     args.ops = _names("operation", args.ops, list(operations()))
-    args.formats = _formats(args.formats)
+    args.formats = None if args.formats is None else _formats(args.formats.split(","))
     if args.profile not in PROFILES:
         raise UsageError(f"unknown profile {args.profile!r}, expected one of {', '.join(PROFILES)}{nearest(args.profile, PROFILES)}")
     args.examples = PROFILES[args.profile] if args.examples is None else args.examples
@@ -250,10 +261,8 @@ def _names(what, text, known):
     return names
 
 
-def _formats(text):
-    if text is None:
-        return list(formats.MAIN)
-    names = [name for name in text.split(",") if name]
+def _formats(names):
+    names = [name for name in names if name]
     for name in names:
         if name != formats.GENERATED:
             parse_format(name)

@@ -223,6 +223,8 @@ def _check_result(problem, result):
 def _check_tensor(tensor, shape, dtype, device, name, kind="result"):
     if not isinstance(tensor, torch.Tensor):
         raise Disagreement(f"{kind}: type", f"the {name} is a {type(tensor).__name__}, expected a tensor")
+    if tensor.layout != torch.strided:
+        raise Disagreement(f"{kind}: type", f"the {name} is {tensor.layout}, expected a dense tensor")
     got = tuple(tensor.shape), tensor.dtype, tensor.device
     if got != (tuple(shape), dtype, device):
         raise Disagreement(f"{kind}: shape", f"the {name} is {got[0]} {got[1]} on {got[2]}, expected {tuple(shape)} {dtype} on {device}")

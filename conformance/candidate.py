@@ -144,10 +144,14 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Description:
-    """What has to be known of a candidate before it is run. functions: the parameters of each that it has."""
+    """What has to be known of a candidate before it is run. functions: the parameters of each that it has.
+
+    formats: those that it is to be tried with, where it says so by a FORMATS of its own; else none.
+    """
 
     functions: dict
     implementations: tuple
+    formats: tuple = ()
 
 
 def describe(candidate, functions):
@@ -158,7 +162,7 @@ def describe(candidate, functions):
     """
     candidate.check_declarations(functions)
     found = {name: candidate.parameters(name) for name in functions if candidate.function(name) is not None}
-    return Description(found, tuple(map(str, candidate.implementations)))
+    return Description(found, tuple(map(str, candidate.implementations)), tuple(map(str, getattr(candidate.target, "FORMATS", ()))))
 
 
 def load(name):

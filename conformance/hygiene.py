@@ -1,6 +1,7 @@
 """What a call must leave alone: its inputs, the memory around them, and the process's state."""
 
 import functools
+import os
 
 import torch
 from torch.utils import _pytree as pytree
@@ -152,8 +153,15 @@ STATE = {
         lambda was: torch.use_deterministic_algorithms(was[0], warn_only=was[1]),
     ),
     "float32 matmul precision": (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision),
+    "flushing of subnormals": (lambda: _flushes(), torch.set_flush_denormal),
+    "working directory": (os.getcwd, os.chdir),
     "random state": (torch.get_rng_state, torch.set_rng_state),
 }
+
+
+def _flushes():
+    """Whether this thread's arithmetic takes subnormal numbers as zero; seen in bits, as comparing would take them so, too."""
+    return int((torch.tensor(2.0**-140) * 1).view(torch.int32)) == 0
 
 
 def state():

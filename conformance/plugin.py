@@ -72,11 +72,7 @@ class Cells(pytest.Directory):
         try:
             args = command._parse([*argv, "--jobs=1"])
             pool = self.config.stash[POOL] = worker.Pool(args.device, args.timeout)
-            args.description = command._describe(args, pool)
-            args.impls = command._impls(args)
-            args.pool, args.seconds = (
-                command._by_impl(args, name, default) for name, default in (("pool", command.POOLS), ("seconds", command.SECONDS))
-            )
+            command.settle(args, pool)
             return command._tasks(args, pool.ask(environment.probe, args.device))
         except (command.UsageError, ValueError) as error:
             raise self.CollectError(f"conformance: {error}") from None

@@ -64,7 +64,7 @@ def test_what_a_candidate_prints_does_not_spoil_the_report(capfd):
     args = ["--candidate", "conformance.misbehaving:prints", "--device", "cpu", "--jobs", "1", "--ops", "linear", "--formats", "int8"]
     assert cli.main([*args, "--examples", "3"]) == 0
     out, err = capfd.readouterr()
-    assert "noise" not in out + err and len(out.splitlines()) == 4
+    assert "noise" not in out + err and len(out.splitlines()) == 5
 
 
 def test_a_case_that_ends_the_process(capfd):

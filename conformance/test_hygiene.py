@@ -1,5 +1,6 @@
 """Calls that write where they must not, leave the process changed, or keep what they should not."""
 
+import os
 import random
 
 import pytest
@@ -100,6 +101,8 @@ STATE = {
     "number of threads": lambda: torch.set_num_threads(torch.get_num_threads() + 1),
     "deterministic algorithms": lambda: torch.use_deterministic_algorithms(True),
     "float32 matmul precision": lambda: torch.set_float32_matmul_precision("medium"),
+    "flushing of subnormals": lambda: torch.set_flush_denormal(True),
+    "working directory": lambda: os.chdir("/"),
     "random state": lambda: torch.rand(1),
 }
 

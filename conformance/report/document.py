@@ -26,7 +26,6 @@ def document(cells, run, fingerprint=None):
         run: the settings of the run, a dict.
         fingerprint: what the probe found, {impl or "-": dict}, or None.
     """
-    power = HERE.parent / "power.json"
     return _plain(
         {
             "schema": SCHEMA,
@@ -35,10 +34,16 @@ def document(cells, run, fingerprint=None):
             "versions": _versions(run["candidate"]),
             "device_name": _device_name(torch.device(run["device"])),
             "fingerprint": fingerprint,
-            "power": json.loads(power.read_text()) if power.exists() else None,
+            "power": measured_power(),
             "cells": [cell.as_dict() for cell in cells],
         }
     )
+
+
+def measured_power():
+    """What `python -m conformance.power --write` measured last, or None."""
+    path = HERE.parent / "power.json"
+    return json.loads(path.read_text()) if path.exists() else None
 
 
 def write_json(path, cells, run, fingerprint=None):

@@ -43,6 +43,32 @@ def table(cells):
     return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
 
 
+def fingerprint(found):
+    """What the probe of sums found, a line for each implementation and kind of x."""
+    lines = []
+    for name, one in found.items():
+        said = {
+            key.replace("_", " "): one.get(key)
+            for key in ("accumulator_bits", "block_length", "order", "split_k", "promotion", "final_rounding")
+        }
+        told = [f"{key} {value}" for key, value in said.items() if value not in (None, "unknown")]
+        told += ["flushes subnormals"] if one.get("flushes_subnormals") else []
+        told += ["NOT AS DECLARED"] if one.get("matches_declaration") is False else []
+        lines.append(f"sums of {name}: {', '.join(told)}")
+    return "\n".join(lines)
+
+
+def power(measured):
+    """What a pass is worth, in one line."""
+    if measured is None:
+        return "what a pass is worth has not been measured (make power)"
+    killed = measured["killed"]
+    return (
+        f"what a pass is worth: of {measured['mutants']} known-bad kernels {killed['both']} are caught ({killed['cpu']} on a CPU),"
+        f" of {measured['variations']} right ones {measured['false_alarms']} accused in {measured['examples']:,} examples ({measured['date']})"
+    )
+
+
 def summary(cells, seconds):
     """The last line: how many cells of each status, and examples."""
     counts = {status: sum(cell.status == status for cell in cells) for status in STATUSES}
