@@ -19,8 +19,8 @@ def attempt(candidate, function, problem, impl=None, seed=0, declared=None):
     All arguments lie between guard bands. Memory of the result's size is filled with poison and given back to the allocator first, so that
     an output that is not written shows. The call in between has other arguments, often of another shape, or the first ones overwritten, and
     its result follows from that of the first where a relation of metamorphic says so. The second call has to return the same bits; into a
-    poisoned out=, where the function takes it. On a GPU some examples are called on two streams at once, and those of a candidate with
-    GRAPHS = True captured in a CUDA graph and replayed.
+    poisoned out=, where the function takes it. On a GPU some examples are called on two streams at once, and those of functions that the
+    candidate names in GRAPHS captured in a CUDA graph and replayed.
 
     Args:
         declared: the Declaration that the candidate is held to, or None. Not deterministic: what is returned the second time only has to
@@ -186,7 +186,7 @@ def _concurrent(watched, poison):
 
     for result in hygiene.on_two_streams(call, problem.device):
         watched.repeated(result, "of the same call on two streams at once")
-    if not getattr(watched.candidate.target, "GRAPHS", False):
+    if watched.function not in getattr(watched.candidate.target, "GRAPHS", ()):
         return
 
     def overwrite(result):
