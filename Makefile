@@ -8,13 +8,16 @@ PYTHON := .venv/bin/python
 READY := .venv/ready
 endif
 
-.PHONY: conformance test real lint clean
+.PHONY: conformance test power real lint clean
 
 conformance: $(READY)  ## the main job: ref against fast, on the best device there is
 	$(PYTHON) -m conformance --candidate fast $(ARGS)
 
 test: $(READY)  ## the project's own tests
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest $(ARGS)
+
+power: $(READY)  ## what a pass is worth: known-bad kernels, and whether the suite catches them
+	$(PYTHON) -m conformance.power $(ARGS)
 
 real: $(READY)  ## a trained model, quantized in five formats, on real sentences
 	$(PYTHON) -m conformance.real $(ARGS)

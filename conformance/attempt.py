@@ -54,6 +54,8 @@ def _attempt(watched, seed):
     watched.settled = [t.clone() for t in problem.settled(first)]
     if seed % BETWEEN == 0:
         _between(watched, agreement, first, seed)
+        for a, b in zip(first, _tensors(result), strict=True):
+            _check_same(a, b.cpu(), "after another call, which wrote over it")
     if problem.device.type == "cuda" and seed % CONCURRENT == 0:
         _concurrent(watched, poison)
     out, guard = {}, None
@@ -189,9 +191,13 @@ def _concurrent(watched, poison):
     if watched.function not in getattr(watched.candidate.target, "GRAPHS", ()):
         return
 
+    inputs = {guard.memory.untyped_storage().data_ptr() for guard in problem.guards}
+
     def overwrite(result):
         for tensor in _tensors(result):
-            tensor.fill_(poison if tensor.is_floating_point() else 77)
+            # A part of a result may be an input, handed on.
+            if tensor.untyped_storage().data_ptr() not in inputs:
+                tensor.copy_(torch.tensor(poison if tensor.is_floating_point() else 77).to(tensor.dtype))
 
     try:
         result = hygiene.replayed(call, problem.device, overwrite)

@@ -1,6 +1,7 @@
 """What a call must leave alone: its inputs, the memory around them, and the process's state."""
 
 import functools
+import gc
 import os
 
 import torch
@@ -204,8 +205,13 @@ def replayed(call, device, poison):
     with torch.cuda.stream(stream):
         call()  # what is made on first use on a stream is made now
     torch.cuda.synchronize(device)
-    with torch.cuda.graph(graph, stream=stream):
-        result = call()
+    # What Python lets go of meanwhile would break the capture off.
+    gc.disable()
+    try:
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+            result = call()
+    finally:
+        gc.enable()
     poison(result)
     graph.replay()
     torch.cuda.synchronize(device)

@@ -89,7 +89,8 @@ def compare(got, y, error, name="y", fair=True):
     count = int(bounded.sum())
     if not count:
         return Agreement()
-    fair = torch.as_tensor(fair).reshape(-1, *[1] * (y.dim() - 1)).expand(y.shape)[bounded] if y.dim() else torch.as_tensor(fair).reshape(1)
+    fair = torch.as_tensor(fair, device=y.device)
+    fair = fair.reshape(-1, *[1] * (y.dim() - 1)).expand(y.shape)[bounded] if y.dim() else fair.reshape(1)
     got, y, error, low, high = (t[bounded] for t in (got, y, error, low, high))
     ulps, needed = _ulps(low, high, y).nan_to_num(0.0, 0.0, 0.0), _needed(got, y, error)
     return Agreement(

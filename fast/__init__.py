@@ -43,7 +43,30 @@ VARIANTS = {
     "moe_activation": ("exact",),
 }
 
+# How linear adds up what is quantized on both sides, as the suite's probes see it on an H200: an fp8 unit keeps 13 bits in chunks of 128 along k.
+FP8_UNIT = {"length": 32, "kept": 13, "bits": 13, "promote": 128, "order": "ascending"}
+DECLARATIONS = {
+    ("linear", "torch"): {"accumulator": {"float": "ieee"}},
+    ("linear", "triton"): {
+        "accumulator": {
+            **dict.fromkeys(("cuda *_g16* float", "cuda nvfp4 float", "cuda int8* float"), "mma_16"),
+            "cuda float": FP8_UNIT,
+            "cpu float": "ieee",
+        }
+    },
+    ("linear", "humming"): {"accumulator": {"cuda float": FP8_UNIT}},
+    ("linear", "cublas"): {"accumulator": {"cuda float": FP8_UNIT}},
+}
+# What can be captured in a CUDA graph, after a call of its kind.
+GRAPHS = (
+    *("linear", "quantize_input", "grouped_linear", "masked_linear", "indexed_linear", "fused_experts", "fused_topk", "hash_topk"),
+    *("moe_align_block_size", "batched_moe_align_block_size", "moe_permute", "moe_unpermute", "moe_scatter_masked"),
+    *("moe_activation", "moe_fused_mul_sum"),
+)
+
 __all__ = [
+    "DECLARATIONS",
+    "GRAPHS",
     "IMPLEMENTATIONS",
     "VARIANTS",
     "Prepared",

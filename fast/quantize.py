@@ -213,8 +213,12 @@ def _encoded(t, element):
 
 @functools.cache
 def _edges(element, dtype):
-    """The largest t of a dtype that each of a codebook's values, in ascending order, is nearest to, but for the last; and their codes."""
-    pairs = sorted((v, code) for code, v in enumerate(value_list(element)))
+    """The largest t of a dtype that each of a codebook's values, in ascending order, is nearest to, but for the last; and their codes.
+
+    Of codes with one value the first stands for all.
+    """
+    values = value_list(element)
+    pairs = sorted((v, code) for code, v in enumerate(values) if v not in values[:code])
     edges = []
     for (v0, code), (v1, above) in itertools.pairwise(pairs):
         middle = torch.tensor((v0 + v1) / 2, dtype=torch.float64)
