@@ -19,7 +19,7 @@ from .status import FAILING
 
 # `fast` by name: what it is tried with, and how many configurations its slow preparers are given (a new one compiles).
 DEFAULTS = {"cpu": ("torch", "triton"), "cuda": ("torch", "triton", "humming", "cublas")}
-POOLS = {"cuda": {"triton": 12, "humming": 2}}
+POOLS = {"cuda": {"triton": 12, "cublas": 12, "humming": 2}}
 # On the CPU Triton's interpreter takes a thousand times as long as a GPU; it gets this many seconds in each cell.
 SECONDS = {"cpu": {"triton": 4}}
 # What else python -m conformance does, by its first argument.

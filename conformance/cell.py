@@ -66,7 +66,8 @@ class Cell:
     """What came of an operation, a format and an implementation.
 
     status: one of status.STATUSES. examples: how many ran; unsupported: how many the candidate declined; left_out: how many it was not
-    given, for lack of time. worst, elements, wide, widths, errors, matches, signed: those of Agreement, over all examples; bias_z: by
+    given, for lack of time. worst, elements, wide, widths, errors, matches, signed: those of Agreement, over all examples; bounded: examples
+    with elements under a bound, vague: the sum of their shares of wide ones; bias_z: by
     how many sigma more results were rounded away from zero than toward it. variants: how many examples agreed first with which; regimes: how many had
     which data. seconds: in its calls. case, error, reproduce: of a failure. reason: of what did not run.
     waiver: the link of what is waived; waived: of each waiver, how many examples it covers and how many of those failed.
@@ -82,6 +83,8 @@ class Cell:
     worst: float = 0.0
     elements: int = 0
     wide: int = 0
+    bounded: int = 0
+    vague: float = 0.0
     widths: list = field(default_factory=lambda: [0] * 16)
     errors: list = field(default_factory=lambda: [0] * 10)
     matches: int = 0
@@ -104,6 +107,8 @@ class Cell:
         self.worst = max(self.worst, agreement.worst)
         self.elements += agreement.elements
         self.wide += agreement.wide
+        if agreement.elements:
+            self.bounded, self.vague = self.bounded + 1, self.vague + agreement.wide / agreement.elements
         self.matches += getattr(agreement, "matches", 0)
         for name in ("widths", "errors", "signed"):
             counts = getattr(agreement, name, None) or ()
@@ -192,7 +197,7 @@ def run(task, trial=None, tell=None):
         cells |= _explore(task, trial, size, [impl for impl in impls if pools.get(impl, 0) == size], tell)
     # How wide the bound is does not depend on the implementation: all that was compared in this cell counts.
     enough = sum(cell.examples for cell in cells.values()) >= WIDE_EXAMPLES
-    vague = enough and sum(cell.wide for cell in cells.values()) > WIDE_SHARE * sum(cell.elements for cell in cells.values())
+    vague = enough and sum(cell.vague for cell in cells.values()) > WIDE_SHARE * sum(cell.bounded for cell in cells.values())
     for cell in cells.values():
         cell.close(task, vague)
     return [cells[impl] for impl in impls]

@@ -10,6 +10,7 @@ from ref.moe import ACTIVATIONS
 
 from .case import Case
 from .formats import GENERATED, choose, generated, short
+from .grouped_case import POOLED
 from .moe_case import Route
 from .moe_strategies import routes
 from .strategies import GENERATED_POOL, SEEDS, near
@@ -88,14 +89,10 @@ def pool(label, size, seed):
     return st.sampled_from(found)
 
 
-# Experts of a rank where configurations come from a pool: kernels are made for a number of them.
-POOLED = 4
-
-
 @st.composite
 def experts_cases(draw, label, config=None):
     name, x_name, h, i, n, dtype = draw(configs(label) if config is None else config)
-    route = draw(routes(slots=64, tokens=24, experts=6, most_t=4))
+    route = draw(routes(slots=64, tokens=24, experts=6, most_t=4) if config is None else routes(slots=900, tokens=24, experts=6, most_t=4))
     if config is not None:
         ranks = min(route.ranks, 3)
         route = replace(route, e=POOLED * max(ranks, 1), ranks=ranks, rank=min(route.rank, max(ranks - 1, 0)))

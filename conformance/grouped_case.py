@@ -1,5 +1,6 @@
 """Cases of the grouped products, and how they are drawn."""
 
+import random
 from dataclasses import dataclass, replace
 
 from hypothesis import strategies as st
@@ -7,14 +8,16 @@ from hypothesis import strategies as st
 from ref.format import Format, parse_format
 
 from .case import Case
-from .formats import ACTIVATIONS, choose, generated, matching_activations, short
+from .formats import ACTIVATIONS, GENERATED, choose, generated, matching_activations, short
 from .moe_case import Route
 from .moe_strategies import routes
-from .strategies import SEEDS, TILES, near
+from .strategies import GENERATED_POOL, SEEDS, TILES, near
 
 DATA = ("exact",) * 6 + ("one_hot",) * 2 + ("normal", "positive", "heavy", "cancelling", "outlier", "zero_row", "nan", "inf")
 QUANTIZED_DATA = ("exact",) * 6 + ("normal", "positive", "heavy", "outlier", "zero_row")
 NOBODY = Route()
+# Experts of a rank where configurations come from a pool: kernels are made for a number of them.
+POOLED = 4
 
 
 @dataclass(frozen=True, repr=False)
@@ -68,9 +71,46 @@ class IndexedLinearCase(GroupedLinearCase):
     weights: str | None = None
 
 
+def pool(label, size, seed):
+    """A strategy of `size` configurations, for implementations that take long to prepare one: compiled ones, on a GPU."""
+    chooser, found = random.Random(f"{label} {seed}"), []
+    while len(found) < size:
+        name = label if label != GENERATED else chooser.choice(GENERATED_POOL)
+        x_name = chooser.choice(matching_activations(label)) if len(found) % 4 == 3 else None
+        fmt = replace(parse_format(name), hadamard=0)
+        dtype = "fp32" if len(found) % 4 == 2 else chooser.choice(("bf16", "bf16", "fp16"))
+        found.append((short(fmt), x_name, chooser.choice((128, 256, 72, 130)), chooser.choice((128, 256, 192, 136)), dtype))
+    return st.sampled_from(found)
+
+
 @st.composite
-def parts(draw, label, **limits):
+def pooled(draw, config, **limits):
+    """parts of a configuration from a pool: for a number of experts, now and then with many rows."""
+    name, x_name, n, k, dtype = draw(config)
+    route = draw(routes(slots=900, tokens=40, experts=POOLED, most_t=3, **limits))
+    ranks = min(route.ranks, 3)
+    route = replace(route, e=POOLED * max(ranks, 1), cuts=route.cuts, ranks=ranks, rank=min(route.rank, max(ranks - 1, 0)))
+    x_format = None if x_name is None else parse_format(x_name)
+    return {
+        "route": route,
+        "n": n,
+        "k": k,
+        "format": name,
+        "x_format": x_name,
+        "static": x_format is not None and (x_format.group == (0, 0) or x_format.scale_2 == "tensor"),
+        "dtype": dtype,
+        "bias": draw(st.sampled_from((None, None, dtype, "fp32"))),
+        "int64": draw(st.booleans()),
+        "data": draw(st.sampled_from(QUANTIZED_DATA if x_name else DATA)),
+        "seed": draw(SEEDS),
+    }
+
+
+@st.composite
+def parts(draw, label, config=None, **limits):
     """What the cases of all three layouts have in common."""
+    if config is not None:
+        return draw(pooled(config, **limits))
     name = draw(choose(label, generated()))
     x_name, static = None, False
     if draw(st.integers(0, 3)) == 3:
@@ -104,16 +144,16 @@ def parts(draw, label, **limits):
 
 
 @st.composite
-def grouped_cases(draw, label, case=GroupedLinearCase):
-    return case(**draw(parts(label, maps=False)), more=draw(st.sampled_from((0, 0, 1, 5))))
+def grouped_cases(draw, label, config=None, case=GroupedLinearCase):
+    return case(**draw(parts(label, config, maps=False)), more=draw(st.sampled_from((0, 0, 1, 5))))
 
 
 @st.composite
-def indexed_cases(draw, label):
-    block = draw(st.sampled_from((16, 16, 16, 32, 64, 1, 5, 8, 48)))
+def indexed_cases(draw, label, config=None):
+    block = draw(st.sampled_from((16, 16, 16, 32, 64, 1, 5, 8, 48) if config is None else (16, 32, 64, 128, 16, 8, 48)))
     whole = draw(st.booleans())
     return IndexedLinearCase(
-        **draw(parts(label)),
+        **draw(parts(label, config)),
         block_size=block,
         whole=whole,
         ignore=draw(st.booleans()),

@@ -6,7 +6,7 @@ import torch
 
 from ref.rounding import round_to
 
-# An element tells little when more than this many ulps are admissible; a cell, when more than this part of its elements does.
+# An element tells little when more than this many ulps are admissible; a cell, when on average more than this part of an example's elements does.
 # Fewer examples than this do not show what a cell's bounds are like.
 WIDE_ULPS, WIDE_SHARE, WIDE_EXAMPLES = 16, 0.25, 50
 # Bins of an Agreement.

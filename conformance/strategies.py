@@ -53,6 +53,14 @@ def rows(draw, cap):
 
 
 @st.composite
+def many_rows(draw):
+    """m for kernels that come with a pool, which are compiled: one in three around their larger tiles."""
+    if draw(st.integers(0, 2)) < 2:
+        return draw(rows(40))
+    return draw(st.one_of(st.sampled_from((63, 64, 65, 127, 128, 129, 255, 256, 257)), st.integers(41, 300)))
+
+
+@st.composite
 def leads(draw, m):
     """Leading dimensions whose product is m."""
     shapes = [(m,), (m,), (1, m), (m, 1)]
@@ -84,7 +92,7 @@ def configs(draw, label, quantized):
 def linear_cases(draw, label, config=None, quantized=False):
     name, n, k, dtype, x_name, static = draw(configs(label, quantized) if config is None else config)
     fmt = parse_format(name)
-    m = draw(rows(max(1, LARGEST // (n * k))))
+    m = draw(rows(max(1, LARGEST // (n * k))) if config is None else many_rows())
     data = draw(st.sampled_from(QUANTIZED_DATA if x_name else LINEAR_DATA))
     if data == "subnormal_scale" and dtype == "fp16" and fmt.scale in ("fp32", "bf16", "e8m0"):
         data = "tiny"  # an fp16 result of such a scale is zero whatever the kernel does
@@ -200,7 +208,10 @@ def activation_labels(names):
 
 
 def pool(label, quantized, size, seed):
-    """A strategy of `size` configurations, for implementations that take long to prepare one."""
+    """A strategy of `size` configurations, for implementations that take long to prepare one: compiled ones, on a GPU.
+
+    One in four is as long along k, and as wide, as what kernels split among blocks; another one in four has float32 x.
+    """
     found = []
     chooser = random.Random(f"{label} {quantized} {seed}")
     while len(found) < size:
@@ -208,12 +219,19 @@ def pool(label, quantized, size, seed):
         fmt = parse_format(name)
         x_name = None
         if quantized:
-            x_name = chooser.choice(matching_activations(label)[: 1 + len(found)])
+            matching = matching_activations(label)
+            x_name = matching[(len(found) + seed) % len(matching)]
         group = max(fmt.group[1], 64)
         k = chooser.choice((group, 2 * group, 256 + group, 192)) + chooser.choice((0, 0, 0, 8))
+        n, dtype = chooser.choice((128, 256, 64, 72, 130)), chooser.choice(("bf16", "bf16", "fp16"))
+        if len(found) % 4 == 1:
+            n, k = 512, 4096
+        elif len(found) % 4 == 3:
+            dtype = "fp32"
         k = math.ceil(k / max(fmt.hadamard, 1)) * max(fmt.hadamard, 1)
-        static = x_name is not None and parse_format(x_name).scale_2 == "tensor"
-        found.append((name, chooser.choice((128, 256, 64, 72, 130)), k, chooser.choice(("bf16", "bf16", "fp16")), x_name, static))
+        whole = x_name is not None and parse_format(x_name).group == (0, 0)
+        static = x_name is not None and (parse_format(x_name).scale_2 == "tensor" or (whole and chooser.random() < 0.5))
+        found.append((name, n, k, dtype, x_name, static))
     return st.sampled_from(found)
 
 

@@ -22,7 +22,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 LIMIT = {"cpu": 120, "cuda": 400}
 AFTER = 3
 # As the command line has them for `fast`: see conformance.__main__.
-POOLS = {"cuda": (("triton", 12), ("humming", 2))}
+POOLS = {"cuda": (("triton", 12), ("cublas", 12), ("humming", 2))}
 SECONDS = {"cpu": (("triton", 4),)}
 
 GROUPS = ("layout", "mask", "routing", "scale", "rounding", "activation", "memory", "concurrency", "variation")

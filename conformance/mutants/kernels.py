@@ -17,15 +17,14 @@ TILES = (
 SPECIAL = (WEIGHT_ONLY, '        return "Triton\'s interpreter is quicker with the general kernel"\n', "        return None\n")
 PARTS = (WEIGHT_ONLY, "min(wanted, tiles_k // min(16, 1024 // tile.bm))", "min(max(wanted, 2), tiles_k)")
 # Split where there are two steps, on the GPU.
-STEPS = (GEMM, "LEAST_STEPS = 2, 64, 4", "LEAST_STEPS = 2, 64, 1")
 
 
 def _gemm(name, group, path, find, replace, label, stands_for, op="linear", **rest):
     return Mutant(name, group, path, find, replace, op, label, "triton", stands_for, **rest)
 
 
-def _special(name, group, path, find, replace, label, stands_for, opens=(), **rest):
-    return Mutant(name, group, path, find, replace, "linear", label, "triton", stands_for, opens=(SPECIAL, *opens), **rest)
+def _special(name, group, path, find, replace, label, stands_for, opens=(), op="linear", **rest):
+    return Mutant(name, group, path, find, replace, op, label, "triton", stands_for, opens=(SPECIAL, *opens), **rest)
 
 
 LOAD_X = "xv = tl.load(x_rows + columns, mask=columns < stop, other=0.0)"
@@ -129,17 +128,17 @@ INTEGER = (
 
 GPU = (
     _gemm("gpu_x_peak_of_the_last_row", "concurrency", INPUT, "tl.atomic_max(peak, tl.reduce(u, 0, tl.standard._elementwise_max))", "tl.store(peak, tl.reduce(u, 0, tl.standard._elementwise_max))", "int8", "race", op="linear_x", lane="gpu"),
-    _gemm("gpu_counters_not_reset", "concurrency", KERNEL, "            tl.store(arrived + tile, 0)\n", "", "int8", HUB + "vllm-project/vllm-xpu-kernels/pull/586", opens=(STEPS,), lane="gpu"),
-    _gemm("gpu_finished_a_block_early", "concurrency", KERNEL, 'sem="acq_rel") == SPLIT - 1', 'sem="acq_rel") == SPLIT - 2', "int8", HUB + "ROCm/tritonBLAS/issues/61", opens=(STEPS,), lane="gpu"),
-    _gemm("gpu_tiles_share_their_parts", "concurrency", KERNEL, "place = parts + tile.to(tl.int64) * (BN * BM) + inside", "place = parts + inside", "int8", "race", opens=(STEPS,), lane="gpu"),
-    _gemm("gpu_parts_of_k_overlap", "concurrency", KERNEL, "first = part * split_steps", "first = part * split_steps - (part > 0)", "int8", "overlap", opens=(STEPS,), lane="gpu"),
+    _gemm("gpu_counters_not_reset", "concurrency", KERNEL, "            tl.store(arrived + tile, 0)\n", "", "fp6_e3m2", HUB + "vllm-project/vllm-xpu-kernels/pull/586", lane="gpu"),
+    _gemm("gpu_finished_a_block_early", "concurrency", KERNEL, 'sem="acq_rel") == SPLIT - 1', 'sem="acq_rel") == SPLIT - 2', "fp6_e3m2", HUB + "ROCm/tritonBLAS/issues/61", lane="gpu"),
+    _gemm("gpu_tiles_share_their_parts", "concurrency", KERNEL, "place = parts + tile.to(tl.int64) * (BN * BM) + inside", "place = parts + inside", "fp6_e3m2", "race", lane="gpu"),
+    _gemm("gpu_parts_of_k_overlap", "concurrency", KERNEL, "first = part * split_steps", "first = part * split_steps - (part > 0)", "fp6_e3m2", "overlap", lane="gpu"),
     _gemm("gpu_fp8_sums_never_promoted", "rounding", KERNEL, "max_num_imprecise_acc=BK if BK < 128 else 128", "max_num_imprecise_acc=1073741824", "fp8", HUB + "deepseek-ai/DeepGEMM/issues/50", op="linear_x", lane="gpu", times=2),
     _gemm("gpu_weight_parts_dropped", "rounding", KERNEL, "for _ in tl.static_range(W_PARTS - 1):", "for _ in tl.static_range(W_PARTS - W_PARTS):", "uint4_g64_fp16_zfp16", "narrowed type", lane="gpu"),
     _gemm("gpu_tf32_products", "rounding", KERNEL, 'acc = tl.dot(a, xt, acc, input_precision="ieee")', 'acc = tl.dot(a, xt, acc, input_precision="tf32")', "int8", "narrowed type", lane="gpu"),
-    _gemm("gpu_launched_as_if_aligned", "memory", GEMM, "kind = (kind, aligned(out), aligned(x), self.stride_kind(stride_x), bias_kind)", "kind = (kind, bias_kind)", "fp8", HUB + "vllm-project/vllm/pull/45466", lane="gpu"),
+    _gemm("gpu_launched_as_if_aligned", "memory", GEMM, "kind = (kind, aligned(out), aligned(x), self.stride_kind(stride_x), bias_kind)", "kind = (kind, bias_kind)", "fp6_e3m2", HUB + "vllm-project/vllm/pull/45466", lane="gpu"),
     _special("gpu_integers_off_by_one", "scale", FRAGMENTS, "pair(-power - 2 ** (bits - 1))", "pair(1 - power - 2 ** (bits - 1))", "int4_g128", HUB + "AutoGPTQ/AutoGPTQ/issues/331", lane="gpu"),
     _special("gpu_bytes_lose_a_bit", "layout", FRAGMENTS, "0x007F007F", "0x003F003F", "int8", "narrowed type", lane="gpu"),
-    _special("gpu_zero_of_one_row_for_two", "layout", FRAGMENTS, "prmt.b32 z, ${fields + 1}, ${fields + 2}, 0x7610;", "prmt.b32 z, ${fields + 1}, ${fields + 2}, 0x3210;", "uint4z_g128", HUB + "pie-project/pie/pull/491", lane="gpu"),
+    _special("gpu_scale_of_one_row_for_two", "layout", FRAGMENTS, "prmt.b32 c, ${scales}, ${scales + 1}, 0x7610;", "prmt.b32 c, ${scales}, ${scales + 1}, 0x3210;", "mxfp4", HUB + "pie-project/pie/pull/491", op="indexed_linear", lane="gpu"),
     _special("gpu_weights_cut_off", "rounding", FRAGMENTS, "cvt.rn.{kind}.f32 ${i}, g, f;", "cvt.rz.{kind}.f32 ${i}, g, f;", "int4_g32", HUB + "ROCm/aiter/issues/5151", lane="gpu"),
     _special("gpu_tickets_not_reset", "concurrency", SPLIT, "        tl.store(tickets + 1, 0)\n", "", "int8", HUB + "vllm-project/vllm-xpu-kernels/pull/586", opens=(PARTS,), lane="gpu"),
     _special("gpu_wgmma_overwrites_its_operand", "concurrency", FRAGMENTS, '            "// finished", "=r,0" if acc.dtype == tl.int32 else "=f,0", [acc], dtype=acc.dtype, is_pure=True, pack=1\n        )', '            "// finished", "=r,0" if acc.dtype == tl.int32 else "=f,0", [acc], dtype=acc.dtype, is_pure=True, pack=1\n        ) if acc.dtype == tl.int64 else acc', "int8", HUB + "triton-lang/triton/issues/9433", lane="gpu"),

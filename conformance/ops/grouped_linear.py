@@ -4,10 +4,12 @@ import torch
 
 from ..case import DTYPES
 from ..formats import GENERATED
-from ..grouped_case import grouped_cases
+from ..grouped_case import grouped_cases, pool
 from ..regimes import view_of
 from . import Problem
 from .grouped_data import GroupedTruth, draw, of_case
+
+__all__ = ["FUNCTION", "SHARE", "build", "cases", "labels", "pool"]
 
 FUNCTION = "grouped_linear"
 SHARE = 0.2
@@ -19,7 +21,7 @@ def labels(formats):
 
 
 def cases(label, config=None):
-    return grouped_cases(label)
+    return grouped_cases(label, config)
 
 
 def build(case, device, declared=None):

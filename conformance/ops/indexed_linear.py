@@ -5,18 +5,18 @@ import torch
 from ref.moe import moe_align_block_size
 
 from ..case import DTYPES
-from ..grouped_case import indexed_cases
+from ..grouped_case import indexed_cases, pool
 from ..regimes import view_of
 from . import Problem
 from .grouped_data import GroupedTruth, draw, draw_weights, of_case
 from .grouped_linear import SHARE, labels
 
-__all__ = ["FUNCTION", "SHARE", "build", "cases", "labels"]
+__all__ = ["FUNCTION", "SHARE", "build", "cases", "labels", "pool"]
 FUNCTION = "indexed_linear"
 
 
 def cases(label, config=None):
-    return indexed_cases(label)
+    return indexed_cases(label, config)
 
 
 def build(case, device, declared=None):

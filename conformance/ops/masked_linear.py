@@ -3,18 +3,18 @@
 import torch
 
 from ..case import DTYPES
-from ..grouped_case import MaskedLinearCase, grouped_cases
+from ..grouped_case import MaskedLinearCase, grouped_cases, pool
 from ..regimes import view_of
 from . import Problem
 from .grouped_data import GroupedTruth, draw, of_case
 from .grouped_linear import SHARE, labels
 
-__all__ = ["FUNCTION", "SHARE", "build", "cases", "labels"]
+__all__ = ["FUNCTION", "SHARE", "build", "cases", "labels", "pool"]
 FUNCTION = "masked_linear"
 
 
 def cases(label, config=None):
-    return grouped_cases(label, MaskedLinearCase)
+    return grouped_cases(label, config, MaskedLinearCase)
 
 
 def build(case, device, declared=None):
