@@ -2,6 +2,7 @@
 
 import importlib.util
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -287,6 +288,7 @@ def test_the_weighted_sum_compiles_for(backend, arch, dtype, monkeypatch):
 
     monkeypatch.setattr(moe_sum, "interprets", lambda device: False)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: divmod(arch, 10) if backend == "cuda" else (9, 4))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device=None: SimpleNamespace(multi_processor_count=1))
     monkeypatch.setattr(torch.version, "hip", None if backend == "cuda" else "6.4")
     launched = []
     monkeypatch.setattr(moe_sum, "_launch", lambda kind, grid, args, constants, options: launched.append((args, constants, options)))
