@@ -195,12 +195,16 @@ def run(task, trial=None, tell=None):
     cells, pools = {}, dict(task.pools)
     for size in sorted({pools.get(impl, 0) for impl in impls}):
         cells |= _explore(task, trial, size, [impl for impl in impls if pools.get(impl, 0) == size], tell)
-    # How wide the bound is does not depend on the implementation: all that was compared in this cell counts.
-    enough = sum(cell.examples for cell in cells.values()) >= WIDE_EXAMPLES
-    vague = enough and sum(cell.vague for cell in cells.values()) > WIDE_SHARE * sum(cell.bounded for cell in cells.values())
     for cell in cells.values():
-        cell.close(task, vague)
+        # How wide the bound is depends on the implementation by what it declares only: where one has few examples, those of all tell.
+        cell.close(task, _vague([cell] if cell.examples >= WIDE_EXAMPLES else cells.values()))
     return [cells[impl] for impl in impls]
+
+
+def _vague(cells):
+    """Whether bounds were too wide to tell much, on average over the examples."""
+    enough = sum(cell.examples for cell in cells) >= WIDE_EXAMPLES
+    return enough and sum(cell.vague for cell in cells) > WIDE_SHARE * sum(cell.bounded for cell in cells)
 
 
 def run_case(case, candidate_name, impls, device):

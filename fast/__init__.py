@@ -6,6 +6,8 @@
 torch.Size([3, 64])
 """
 
+import importlib
+
 from .dispatch import IMPLEMENTATIONS, Prepared, prepare
 from .eager import dequantize
 from .hadamard import hadamard
@@ -69,6 +71,7 @@ __all__ = [
     "GRAPHS",
     "IMPLEMENTATIONS",
     "VARIANTS",
+    "Linear",
     "Prepared",
     "Stack",
     "batched_moe_align_block_size",
@@ -93,7 +96,18 @@ __all__ = [
     "prepare",
     "prepare_experts",
     "quantize",
+    "quantize_",
     "quantize_input",
+    "read_config",
     "silu_and_mul",
     "why_not",
 ]
+
+# Layers, and with them the readers of configurations, are loaded when they are first asked for.
+_LAYERS = {"Linear": "linear", "quantize_": "online", "read_config": "config"}
+
+
+def __getattr__(name):
+    if name not in _LAYERS:
+        raise AttributeError(f"module 'fast' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"fast.layers.{_LAYERS[name]}"), name)

@@ -1,0 +1,124 @@
+"""Quantized layers in models: results, memory, moves, casts, state, refusals."""
+
+import copy
+import gc
+import weakref
+
+import pytest
+import torch
+from torch import nn
+
+import fast
+import ref
+
+from .linear import Linear
+from .online import quantize_
+
+INT4 = {"dtype": "int4", "group_size": 32}
+
+
+class Block(nn.Module):
+    def __init__(self, dtype=torch.float32):
+        super().__init__()
+        self.up, self.down = nn.Linear(64, 96, dtype=dtype), nn.Linear(96, 64, bias=False, dtype=dtype)
+        self.lm_head = nn.Linear(64, 10, dtype=dtype)
+
+    def forward(self, x):
+        return self.lm_head(self.down(self.up(x).relu()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_model_computes_what_ref_says(dtype):
+    model = Block(dtype)
+    plain = copy.deepcopy(model)
+    assert quantize_(model, INT4 | {"dynamic": {"+:down": {"dtype": "float8e4m3", "group_size": 0}}}) is model
+    name = {torch.float32: "", torch.bfloat16: "_bf16", torch.float16: "_fp16"}[dtype]
+    assert str(model.up.format) == f"int4_g32{name}" and str(model.down.format) == f"fp8_e4m3{name}".replace(
+        "fp8_e4m3", "fp8" if not name else "fp8_e4m3"
+    )
+    assert type(model.lm_head) is nn.Linear
+    x = torch.randn(5, 64, dtype=dtype)
+    hidden = ref.linear(x, fast.quantize(plain.up.weight, model.up.format), plain.up.bias).relu()
+    y = plain.lm_head(ref.linear(hidden, fast.quantize(plain.down.weight, model.down.format)))
+    assert torch.equal(model(x), y)
+
+
+def test_quantized_activations():
+    model = quantize_(nn.Sequential(nn.Linear(64, 48)), {"dtype": "int8"}, {"dtype": "int8"})
+    x = torch.randn(3, 64)
+    assert str(model[0].x_format) == "int8"
+    assert torch.equal(model(x), fast.linear(x, model[0].weight, model[0].bias, x_format="int8_token"))
+
+
+def test_each_layer_is_freed_before_the_next():
+    model = nn.Sequential(*(nn.Linear(64, 64) for _ in range(3)))
+    seen, weights = [], [weakref.ref(layer.weight) for layer in model]
+    real = fast.quantize
+
+    def watched(w, fmt):
+        gc.collect()
+        seen.append(sum(weight() is not None for weight in weights))
+        return real(w, fmt)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fast.layers.online.quantize", watched)
+        quantize_(model, INT4)
+    assert seen == [3, 2, 1] and not any(weight() is not None for weight in weights)
+
+
+def test_moves_casts_copies_and_states():
+    layer = quantize_(nn.Sequential(nn.Linear(64, 16)), INT4)[0]
+    x = torch.randn(2, 64)
+    y = layer(x)
+    assert layer.weight is layer.weight
+    assert torch.equal(copy.deepcopy(layer)(x), y)
+    layer.to(torch.bfloat16)
+    assert layer.scale.dtype == torch.float32 and layer.packed.dtype == torch.int32 and layer.bias.dtype == torch.bfloat16
+    layer.float()
+    other = Linear(ref.quantize(torch.zeros(16, 64), layer.format), torch.zeros(16))
+    assert not torch.equal(other(x), y)
+    other.load_state_dict(layer.state_dict())
+    assert torch.equal(other(x), layer(x))
+    assert layer.to("meta").packed.is_meta
+
+
+def test_prepared():
+    layer = quantize_(nn.Sequential(nn.Linear(64, 16)), INT4)[0]
+    x = torch.randn(2, 64)
+    y = layer(x)
+    assert layer.prepare(torch.float32) is layer and layer.packed is None and not [k for k in layer.state_dict() if k != "bias"]
+    assert torch.equal(layer(x), y)
+    with pytest.raises(RuntimeError, match="before prepare"):
+        layer.to("cpu")
+
+
+def test_static_scales_of_inputs():
+    q = ref.quantize(torch.randn(8, 64), "int8")
+    layer = Linear(q, x_format="int8_tensor", x_scale=torch.tensor([0.05]))
+    x = torch.randn(3, 64)
+    assert torch.equal(layer(x), fast.linear(x, q, x_format="int8_tensor", x_scale=torch.tensor([0.05])))
+
+
+@pytest.mark.parametrize(
+    "config, x, message",
+    [
+        ({"dtype": "int4", "ignore": ["0"]}, None, "every layer of this model"),
+        ({}, None, "every layer of this model"),
+        (INT4, {"dtype": "int8", "quant_mode": "static_tensor"}, "^quantize_: 0 would need the scale"),
+        ({"dtype": "int4", "hadamard_block_size": 128}, None, "^quantize_: 0: .*multiple of the rotation"),
+        ({"dtyp": "int4"}, None, "nearest known one"),
+    ],
+    ids=str,
+)
+def test_refusals(config, x, message):
+    with pytest.raises(ValueError, match=message):
+        quantize_(nn.Sequential(nn.Linear(64, 16)), config, x)
+    with pytest.raises(ValueError, match=r"bias has shape \(3,\)"):
+        Linear(ref.quantize(torch.zeros(16, 64), "int4"), torch.zeros(3))
+
+
+def test_weights_that_are_no_numbers_are_named():
+    model = nn.Sequential(nn.Linear(64, 16))
+    model[0].weight.data[1, 2] = torch.nan
+    with pytest.raises(ValueError, match=r"^quantize_: 0: .*nan"):
+        quantize_(model, INT4)
