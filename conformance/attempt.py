@@ -35,8 +35,13 @@ def attempt(candidate, function, problem, impl=None, seed=0, declared=None):
             the second time.
     """
     hygiene.lay(problem, seed)
+    watched = _Watched(candidate, function, problem, impl, declared)
     try:
-        return _attempt(_Watched(candidate, function, problem, impl, declared), seed)
+        return _attempt(watched, seed)
+    except NotImplementedError as error:
+        if watched.settled is None:
+            raise
+        raise Disagreement("refused again", f"declined a call that it had answered before: {error}") from None
     except Disagreement as error:
         # What decides that is the seed, which a case does not explain.
         note = f" (here {', '.join(problem.apart)} are views with gaps)" if problem.apart else ""
@@ -80,7 +85,7 @@ class _Watched:
         self.candidate, self.function, self.problem, self.impl = candidate, function, problem, impl
         self.deterministic = declared is None or declared.deterministic
         self.invariant = declared is not None and declared.batch_invariant
-        self.state = hygiene.state()
+        self.state, self.settled = hygiene.state(), None
 
     def call(self, args, kwargs, again=lambda: None):
         """The result; again: what to do before inputs are looked at."""

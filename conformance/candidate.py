@@ -235,6 +235,10 @@ def _fields(candidate, key, said):
         if strange or not (value is None or isinstance(value, types)):
             raise ValueError(f"{where}: {name} is {value!r}, expected {words}")
     try:
-        return {name: parse_accumulator(value) if name == "accumulator" else value for name, value in said.items()}
+        return {
+            name: parse_accumulator(value) if name == "accumulator" else value
+            for name, value in said.items()
+            if value is not None or getattr(Declaration, name) is None
+        }
     except (ValueError, TypeError) as error:
         raise ValueError(f"{where}: {error}") from None

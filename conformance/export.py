@@ -325,6 +325,8 @@ def _export(args):
 
 def _verify(args):
     found = verify(args.directory, args.outputs)
+    if not found:
+        raise ExportError(f"verify: {args.directory!r} holds no cases")
     wrong = [(name, text) for name, text in found if text is not None]
     for name, text in wrong:
         print(f"FAIL {name}\n  {text}")

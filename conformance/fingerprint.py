@@ -75,7 +75,10 @@ def probe_all(candidate, device="cpu", impls=(None,), declared=None):
     found = {}
     for impl in impls:
         for kind in WEIGHTS:
-            one = probe(candidate, device, impl, kind, None if declared is None else declared(impl))
+            try:
+                one = probe(candidate, device, impl, kind, None if declared is None else declared(impl))
+            except Exception as error:
+                one = {"kind": kind, "impl": impl, "notes": [f"the probe ended with {type(error).__name__}: {error}"]}
             if one is not None:
                 found[f"{impl or 'linear'} {kind}"] = one
     return found

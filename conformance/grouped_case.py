@@ -77,9 +77,12 @@ def pool(label, size, seed):
     while len(found) < size:
         name = label if label != GENERATED else chooser.choice(GENERATED_POOL)
         x_name = chooser.choice(matching_activations(label)) if len(found) % 4 == 3 else None
-        fmt = replace(parse_format(name), hadamard=0)
+        fmt = parse_format(name) if x_name is None else replace(parse_format(name), hadamard=0)
+        unit = max(fmt.hadamard, 1)
         dtype = "fp32" if len(found) % 4 == 2 else chooser.choice(("bf16", "bf16", "fp16"))
-        found.append((short(fmt), x_name, chooser.choice((128, 256, 72, 130)), chooser.choice((128, 256, 192, 136)), dtype))
+        found.append(
+            (short(fmt), x_name, chooser.choice((128, 256, 72, 130)), -(-chooser.choice((128, 256, 192, 136)) // unit) * unit, dtype)
+        )
     return st.sampled_from(found)
 
 

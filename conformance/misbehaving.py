@@ -119,6 +119,31 @@ refuses_declared = Candidate(
 # Return what is no result.
 returns_list = Candidate(lambda x, w: [[0.0]])
 returns_meta = Candidate(lambda x, w: torch.empty(*x.shape[:-1], w.shape[0], dtype=x.dtype, device="meta"))
+# Whose file is there has crashed before.
+CRASHED = "QUANTREF_CRASHED"
+
+
+def _segfault_once(x, w):
+    if not os.path.exists(os.environ[CRASHED]):
+        open(os.environ[CRASHED], "w").close()
+        ctypes.string_at(0)
+
+
+class RefusesAgain(Candidate):
+    """Declines every call that it has answered before."""
+
+    def __init__(self):
+        super().__init__(self.decline)
+        self.last = None
+
+    def decline(self, x, w):
+        if self.last is w:
+            raise NotImplementedError("once only")
+        self.last = w
+
+
+segfaults_once = Candidate(_segfault_once)
+refuses_again = RefusesAgain()
 returns_sparse = Candidate(lambda x, w: torch.zeros(*x.shape[:-1], w.shape[0], dtype=x.dtype).to_sparse())
 returns_class = Candidate(lambda x, w: torch.Tensor)
 # Do something to the process.

@@ -92,7 +92,8 @@ def compare(got, y, error, name="y", fair=True):
     fair = torch.as_tensor(fair, device=y.device)
     fair = fair.reshape(-1, *[1] * (y.dim() - 1)).expand(y.shape)[bounded] if y.dim() else fair.reshape(1)
     got, y, error, low, high = (t[bounded] for t in (got, y, error, low, high))
-    ulps, needed = _ulps(low, high, y).nan_to_num(0.0, 0.0, 0.0), _needed(got, y, error)
+    top = torch.finfo(low.dtype).max
+    ulps, needed = _ulps(low.clamp(-top, top), high.clamp(-top, top), y).nan_to_num(0.0, 0.0, 0.0), _needed(got, y, error)
     return Agreement(
         worst=float(needed.max()),
         elements=count,

@@ -74,7 +74,7 @@ class Cells(pytest.Directory):
             pool = self.config.stash[POOL] = worker.Pool(args.device, args.timeout)
             command.settle(args, pool)
             return command._tasks(args, pool.ask(environment.probe, args.device))
-        except (command.UsageError, ValueError) as error:
+        except (command.UsageError, ValueError, worker.Ended, worker.Failed) as error:
             raise self.CollectError(f"conformance: {error}") from None
 
 

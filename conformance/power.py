@@ -37,6 +37,9 @@ def main(argv=None):
         print(f"power: there is no {what} {' '.join(args.mutants)!r} in the {args.lane} lane", file=sys.stderr)
         return 2
     examples = args.examples or (VARIATION_EXAMPLES if what == "variation" else EXAMPLES)
+    if args.write and args.mutants != ["*"]:
+        print("power: --write keeps the figures of whole tables: give no --mutants with it", file=sys.stderr)
+        return 2
     start, kills = time.monotonic(), []
     for kill in _run(subjects, examples, device, args.jobs):
         kills.append(kill)

@@ -249,3 +249,10 @@ def test_the_hull_holds_what_ref_quantizes(name):
     assert step.shape == x.shape
     ordinary = (high - low) <= 2.0**-20 * high.abs()  # not at a tie
     assert ordinary.double().mean() > 0.9
+
+
+def test_an_interval_that_reaches_infinity_is_wide():
+    found = compare(
+        torch.tensor([60000.0], dtype=torch.float16), torch.tensor([60000.0], dtype=torch.float64), torch.tensor([50000.0]).double()
+    )
+    assert found.wide == 1

@@ -2,7 +2,7 @@
 
 import pytest
 
-from . import cell, trial, worker
+from . import cell, misbehaving, trial, worker
 from .case import LinearCase, read_case
 from .status import STATUSES
 
@@ -34,6 +34,8 @@ MISBEHAVING = [
     ("raises_stop", "fail", "raised StopIteration: 3"),
     ("refuses_mute", "unsupported", ""),
     ("refuses_declared", "undeclared reject", "declined, and int8 is declared: linear: at most 3 rows"),
+    ("refuses_again", "fail", "declined a call that it had answered before: once only"),
+    ("returns_sparse", "fail", "the result is torch.sparse_coo, expected a dense tensor"),
     ("returns_list", "fail", "the result is a list, expected a tensor"),
     ("returns_meta", "fail", "on meta, expected (1, 1) torch.bfloat16 on cpu"),
     ("returns_class", "fail", "the result is a"),
@@ -48,6 +50,16 @@ MISBEHAVING = [
     ("no_function", "not provided", ""),
     ("undecided_and_says_so", "pass", ""),
 ]
+
+
+def test_a_crash_that_does_not_come_again_is_none_the_less_one(tmp_path, monkeypatch):
+    monkeypatch.setenv(misbehaving.CRASHED, str(tmp_path / "crashed"))
+    pool = worker.Pool("cpu", (20.0, 20.0))
+    try:
+        (found,) = run(pool, task("segfaults_once")).values()
+    finally:
+        pool.close()
+    assert found.status == "crash" and "and not again" in found.error and "LinearCase(" in found.error
 
 
 @pytest.mark.parametrize(("name", "status", "sentence"), MISBEHAVING, ids=[row[0] for row in MISBEHAVING])

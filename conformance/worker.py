@@ -217,11 +217,18 @@ def cells(task, connection):
     return cell.run(task, tell=lambda found: connection.send(("cell", found)))
 
 
-def careful_cells(task, known, connection):
-    """The Cells of a Task of one implementation that has ended its process before; known: {repr of a case: (kind, text)} of a hang."""
+def careful_cells(task, known, once, connection):
+    """The Cells of a Task of one implementation that has ended its process before.
+
+    known: {repr of a case: (kind, text)} of a hang. once: what to say where it does not happen again, which is no better.
+    """
     trial = Elsewhere(task, candidates.watch.limits, known)
     try:
-        return cell.run(task, trial)
+        found = cell.run(task, trial)
+        for one in found:
+            if one.status in ("pass", "mistrusted", "unsupported"):
+                one.status, one.error, one.reproduce = "crash", once, cell.rerun(task, one.impl)
+        return found
     finally:
         trial.close()
 
@@ -390,7 +397,8 @@ class Pool:
             return
         known = {ended.case: (ended.kind, f"the call {ended}")} if ended.kind == "timeout" else {}
         guilty = next((impl for impl in job.task.impls if (impl or "") == ended.impl), None)
-        yield _Job(job.order, replace(job.task, impls=(guilty,)), careful_cells, (known,))
+        once = f"a call {ended}, and not again; the case was {ended.case}"
+        yield _Job(job.order, replace(job.task, impls=(guilty,)), careful_cells, (known, once))
         # A function without impl= is one cell, however many names there are.
         others = tuple(impl for impl in job.task.impls if impl != guilty)
         if others and ended.impl:

@@ -66,14 +66,11 @@ def _rule_of(fmt):
 def _quantized(w, fmt):
     """packed, scale, zero, scale_2 and offset (None where there is none) of one weight (n, k)."""
     n, k = w.shape
-    gn = fmt.group[0] or max(n, 1)
+    gn = fmt.group[0] or 1
     # Whole groups of rows at a time; if all rows share one scale, their range comes first.
     step = max(gn, CHUNK.get(w.device.type, CHUNK["cuda"]) // max(k, 1) // gn * gn)
     scale_2 = _second_scale(w, fmt, step)
-    ranges = None
-    if fmt.group[0] == 0 and n > step:
-        step = max(1, CHUNK.get(w.device.type, CHUNK["cuda"]) // max(k, 1))
-        ranges = _ranges_of_all(w, fmt, scale_2, step)
+    ranges = _ranges_of_all(w, fmt, scale_2, step) if fmt.group[0] == 0 and n > step else None
     found = [_rows(w[start : start + step], fmt, _rows_of(scale_2, start, step), ranges) for start in range(0, max(n, 1), step)]
     packed, *rest = zip(*found, strict=True)
     if ranges is not None:
@@ -87,8 +84,8 @@ def _rows_of(scale_2, start, step):
 
 
 def _values(w, fmt):
-    """w in the dtype that is computed in, rotated."""
-    x = w if w.dtype == torch.float64 else w.float()
+    """w in the dtype that is computed in, rotated. Differences from an offset may be too large for float32."""
+    x = w.double() if w.dtype == torch.float64 or fmt.offset else w.float()
     return hadamard(x, fmt.hadamard) if fmt.hadamard else x
 
 
@@ -179,7 +176,8 @@ def _first_scales(low, high, fmt):
             return (exponent.clamp(-127, 127) + 127).to(torch.uint8), None, None
         raw = peak / top
     else:
-        raw = (high - low) / (max_value(element) - min_value(element))
+        # Twice the largest float32 has no float32.
+        raw = ((high.double() - low.double()) / (max_value(element) - min_value(element))).to(high.dtype)
     scale = _stored(torch.where(raw == 0, 1.0, raw), fmt.scale, up=False)
     if fmt.zero is not None:
         step = _decoded(scale, fmt.scale).to(raw.dtype)

@@ -80,7 +80,7 @@ def _stored(scale, name, up):
     """float32 scales as stored, rounded up or to nearest even."""
     target = SCALE_DTYPES[name]
     if isinstance(target, torch.dtype):
-        near = scale.clamp(max=torch.finfo(target).max).to(target)
+        near = scale.clamp(-torch.finfo(target).max, torch.finfo(target).max).to(target)
         integer = near.view({4: torch.int32, 2: torch.int16}[near.element_size()])
         return torch.where(up & (near.float() < scale) & (near < torch.finfo(target).max), (integer + 1).view(target), near)
     units, exponent = _round(scale, target, torch.ceil if up else torch.round)

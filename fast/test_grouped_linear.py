@@ -337,6 +337,8 @@ def test_one_bias_is_built_in_and_others_are_not(monkeypatch):
         want = ref.moe.grouped_linear(x, q, offsets, given)
         assert torch.equal(grouped_linear(x, q, offsets, given), want)
     assert [None if b is None else b.data_ptr() for b in made] == [bias.data_ptr(), None, None]
+    bias += 1
+    assert torch.equal(grouped_linear(x, q, offsets, bias), ref.moe.grouped_linear(x, q, offsets, bias)) and len(made) == 3
     made.clear()
     prepared = prepare_experts(q, bias=bias)
     assert made[0].data_ptr() == bias.data_ptr() and torch.equal(

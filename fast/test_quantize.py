@@ -52,6 +52,15 @@ def test_float64_keeps_its_bits():
     assert ref.equal(fast.quantize(w, "int8"), ref.quantize(w, "int8"))
 
 
+@pytest.mark.parametrize("name", ["uint4z_g128", "uint4_g32_ofp32", "uint4_g32_fp16_ofp16", "int8"])
+@pytest.mark.parametrize("size", [1e6, 3e38])
+def test_large_weights(name, size):
+    w = torch.randn(4, 128, generator=torch.Generator().manual_seed(1)).clamp(-1, 1) * size
+    ours, theirs = fast.quantize(w, name), ref.quantize(w, name)
+    assert (ref.dequantize(ours) - ref.dequantize(theirs)).abs().max() <= 2.0**-20 * size
+    assert all(t is None or not t.is_floating_point() or bool(t.isfinite().all()) for t in (ours.scale, ours.offset))
+
+
 def test_refusals():
     w = torch.ones(2, 64)
     for error, match, call in (

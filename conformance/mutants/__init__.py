@@ -3,5 +3,5 @@
 from . import cheats, dense, kernels, layouts, moe, variations
 
 MUTANTS = (*dense.MUTANTS, *kernels.MUTANTS, *moe.MUTANTS, *layouts.MUTANTS)
-VARIATIONS = variations.VARIATIONS
+VARIATIONS = (*variations.VARIATIONS, *moe.VARIATIONS)
 CHEATS = cheats.CHEATS

@@ -39,7 +39,7 @@ class Mutant:
     name: unique, says the defect. group: one of GROUPS. path: of the file, from the root. find: occurs exactly `times` times in it.
     op, label, impl: the cell; for readers of checkpoints op is "read" and label the layout.
     stands_for: the address of a public bug, or the operator that made it. lane: "cpu", or "gpu" for what the interpreter cannot show.
-    opens: right patches (path, find, replace) that lead to the code: kernels that are not chosen on the CPU.
+    opens: right patches (path, find, replace) that lead to the code: kernels that are not chosen on the CPU. hangs: it may never return.
     """
 
     name: str
@@ -54,6 +54,7 @@ class Mutant:
     lane: str = "cpu"
     times: int = 1
     opens: tuple = ()
+    hangs: bool = False
 
     candidate, seconds = "fast", None
 
@@ -74,7 +75,7 @@ class Cheat:
     about: str
     seconds: int | None = None
 
-    group, impl, lane = "cheat", None, "cpu"
+    group, impl, lane, hangs = "cheat", None, "cpu", True
 
     def patches(self, device="cpu"):
         return []
@@ -165,7 +166,8 @@ class Run:
         left = self.limit - (time.monotonic() - self.start)
         try:
             if not self.connection.poll(max(0, left)):
-                kill = Kill(self.mutant.name, "timeout", error=f"no end within {self.limit} s")
+                # Of one that should return, that may as well be a busy machine.
+                kill = Kill(self.mutant.name, "timeout" if self.mutant.hangs else "error", error=f"no end within {self.limit} s")
             else:
                 kill = self.connection.recv()
         except EOFError:

@@ -44,7 +44,7 @@ SLOPE = {"gelu": 1.13, "gelu_tanh": 1.13, "situ": 1.23}
 
 
 def labels(formats):
-    return [PLAIN, *FORMATS] if GENERATED in formats else [name for name in formats if name in FORMATS]
+    return [PLAIN, *FORMATS] if GENERATED in formats else list(formats)
 
 
 def cases(label, config=None):
@@ -103,6 +103,7 @@ class Truth:
         plain = not isinstance(data.w13, QTensor)
         products = ["exact"] if plain else [v for v in VARIANTS if "input_rotated" not in v]
         stages = [s for s in accepted(declared, STAGES) if s in STAGES and (s != "activation_fused" or self.x_format is not None)]
+        stages = stages or ["stored"]
         # On a GPU kernels of different kinds may follow each other.
         pairs = [(a, b) for a in products for b in products if a == b or device.type == "cuda"]
         self.variants = [(stage, *pair) for pair in sorted(pairs, key=lambda pair: pair[0] != pair[1]) for stage in stages]

@@ -41,9 +41,10 @@ def document(cells, run, fingerprint=None):
 
 
 def measured_power():
-    """What `python -m conformance.power --write` measured last, or None."""
+    """What `python -m conformance.power --write` measured last, or None where a part of that is missing."""
     path = HERE.parent / "power.json"
-    return json.loads(path.read_text()) if path.exists() else None
+    found = json.loads(path.read_text()) if path.exists() else {}
+    return found if {"mutants", "killed", "variations", "false_alarms", "examples", "date"} <= set(found) else None
 
 
 def write_json(path, cells, run, fingerprint=None):

@@ -188,7 +188,18 @@ def _dynamic(document, where="config"):
 
 def _overridden(own, override):
     """Keys replaced, under whatever of their names they are given."""
-    same = (humming.B_DTYPE, humming.BS_DTYPE, humming.GROUP, humming.GROUP_N, humming.TYPE, humming.TYPE_2, A_DTYPE, X_SCALE, MODE)
+    same = (
+        humming.B_DTYPE,
+        humming.BS_DTYPE,
+        humming.GROUP,
+        humming.GROUP_N,
+        humming.TYPE,
+        humming.TYPE_2,
+        A_DTYPE,
+        X_GROUP,
+        X_SCALE,
+        MODE,
+    )
     replaced = {key for keys in same if set(keys) & set(override) for key in keys}
     return {key: value for key, value in own.items() if key not in replaced} | override
 

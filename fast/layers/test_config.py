@@ -107,6 +107,8 @@ def test_overrides():
     assert only.layer("mlp.experts").weight == GROUPED and only.layer("mlp.up") is None
     x = read_config(INT4, {"dtype": "int8", "dynamic": {"+:.*down": {"a_dtype": "float8e4m3"}}})
     assert x.layer("down").x_format == parse_format("fp8_e4m3_token") and x.layer("up").x_format == parse_format("int8_token")
+    x = read_config(INT4, {"dtype": "int8", "input_scale_group_size": 128, "dynamic": {"+:.*up": {"group_size": 64}}})
+    assert x.layer("up").x_format == parse_format("int8_g64") and x.layer("down").x_format == parse_format("int8_g128")
 
 
 def test_flags():

@@ -37,8 +37,8 @@ class Stack:
         self.shape = tuple(w.shape)
         self.device = w.packed.device if self.quantized else w.device
         self.group_index = self.quantized and w.group_index is not None
-        # The first bias that came, which kernels may build into the weights; calls with another are of another kind.
-        self.bias = None
+        # The first bias that came, which kernels may build into the weights; calls with another, or after it was written to, are of another kind.
+        self.bias, self.version = None, 0
         self.kinds, self.made = {}, {}
         self.number = next(_NUMBERS)
         BY_NUMBER[self.number] = self
@@ -55,8 +55,8 @@ class Stack:
         """
         block = block_size_for(rows)
         if self.bias is None and bias is not None:
-            self.bias = bias.detach()
-        own = bias is not None and (bias.data_ptr(), bias.dtype) == (self.bias.data_ptr(), self.bias.dtype)
+            self.bias, self.version = bias.detach(), _version(bias)
+        own = bias is not None and _same(bias, self.bias) and _version(bias) == self.version
         kind = (x_dtype, x_format, impl, deterministic, bias is None, own, x_scale is None, block, weighed)
         plan = self.kinds.get(kind)
         if plan is None:
@@ -110,6 +110,16 @@ class Stack:
         if len(reasons) == 1:
             raise reasons[0]
         raise ExceptionGroup(f"{operation}: no implementation can run {describe(request)}", reasons)
+
+
+def _same(a, b):
+    """Whether two biases are the same numbers in the same memory."""
+    return (a.data_ptr(), a.dtype, a.stride()) == (b.data_ptr(), b.dtype, b.stride())
+
+
+def _version(t):
+    """Counts how often a tensor was written to, where that is counted."""
+    return 0 if t.is_inference() else t._version
 
 
 def preference(request):
