@@ -148,8 +148,6 @@ def _rows(w, fmt, scale_2, ranges):
         raise ValueError(f"quantize: w holds {x[~x.isfinite()][0].item()}, expected finite numbers")
     scale, zero, offset = _first_scales(low, high, fmt)
     step = _decoded(scale, fmt.scale).to(x.dtype)
-    # Whatever is divided by infinity leaves zero, as a scale of zero should.
-    step = torch.where(step == 0, torch.inf, step)
     tiles = _tiles(seen, fmt)
 
     def spread(t):
@@ -157,7 +155,11 @@ def _rows(w, fmt, scale_2, ranges):
 
     if offset is not None:
         tiles = tiles - spread(offset.to(x.dtype))
+    nothing = step == 0
     t = tiles / spread(step)
+    if bool(nothing.any()):
+        # A scale of zero leaves zeros, none of them negative.
+        t = torch.where(spread(nothing), 0.0, t)
     if zero is not None:
         t += spread(zero.to(x.dtype))
     t = t.flatten(-2).flatten(0, -2)[:n, :k]
@@ -174,17 +176,16 @@ def _first_scales(low, high, fmt):
         if fmt.scale == "e8m0" and fmt.scale_2 is None:
             exponent = torch.where(peak == 0, -127, torch.frexp(peak).exponent - 1 - _exponent(top))
             return (exponent.clamp(-127, 127) + 127).to(torch.uint8), None, None
-        raw = peak / top
+        raw = peak.double() / top
     else:
-        # Twice the largest float32 has no float32.
-        raw = ((high.double() - low.double()) / (max_value(element) - min_value(element))).to(high.dtype)
+        raw = (high.double() - low.double()) / (max_value(element) - min_value(element))
     scale = _stored(torch.where(raw == 0, 1.0, raw), fmt.scale, up=False)
     if fmt.zero is not None:
-        step = _decoded(scale, fmt.scale).to(raw.dtype)
+        step = _decoded(scale, fmt.scale)
         zero = torch.where(step == 0, 0.0, -low / torch.where(step == 0, 1.0, step))
         zero = zero.round().clamp(0, 2**element.bits - 1).to(torch.uint8) if fmt.zero == "int" else _stored(zero, fmt.zero, up=False)
     if fmt.offset is not None:
-        offset = _stored(low - min_value(element) * _decoded(scale, fmt.scale).to(raw.dtype), fmt.offset, up=False)
+        offset = _stored(low - min_value(element) * _decoded(scale, fmt.scale), fmt.offset, up=False)
     return scale, zero, offset
 
 
