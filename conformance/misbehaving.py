@@ -5,8 +5,10 @@ python -m conformance --candidate conformance.misbehaving:segfaults --ops linear
 
 import ctypes
 import os
+import pathlib
 import signal
 import sys
+import tempfile
 import time
 
 import torch
@@ -119,13 +121,13 @@ refuses_declared = Candidate(
 # Return what is no result.
 returns_list = Candidate(lambda x, w: [[0.0]])
 returns_meta = Candidate(lambda x, w: torch.empty(*x.shape[:-1], w.shape[0], dtype=x.dtype, device="meta"))
-# Whose file is there has crashed before.
-CRASHED = "QUANTREF_CRASHED"
+# Where this file is, a process has crashed before.
+CRASHED = pathlib.Path(tempfile.gettempdir(), f"quantref-crashed-{os.getuid()}")
 
 
 def _segfault_once(x, w):
-    if not os.path.exists(os.environ[CRASHED]):
-        open(os.environ[CRASHED], "w").close()
+    if not CRASHED.exists():
+        CRASHED.touch()
         ctypes.string_at(0)
 
 

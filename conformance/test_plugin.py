@@ -31,9 +31,7 @@ def project(tmp_path_factory):
     folder = tmp_path_factory.mktemp("project")
     (folder / "installed" / "plugin_test-1.dist-info").mkdir(parents=True)
     (folder / "installed" / "plugin_test-1.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: plugin_test\nVersion: 1\n")
-    (folder / "installed" / "plugin_test-1.dist-info" / "entry_points.txt").write_text(
-        "[pytest11]\nquantref_conformance = conformance.plugin\n"
-    )
+    (folder / "installed" / "plugin_test-1.dist-info" / "entry_points.txt").write_text("[pytest11]\nconformance = conformance.plugin\n")
     (folder / "kernels.py").write_text(KERNELS)
     (folder / "pytest.ini").write_text("[pytest]\n")
     return folder

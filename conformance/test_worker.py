@@ -52,13 +52,12 @@ MISBEHAVING = [
 ]
 
 
-def test_a_crash_that_does_not_come_again_is_none_the_less_one(tmp_path, monkeypatch):
-    monkeypatch.setenv(misbehaving.CRASHED, str(tmp_path / "crashed"))
-    pool = worker.Pool("cpu", (20.0, 20.0))
+def test_a_crash_that_does_not_come_again_is_none_the_less_one(pool):
+    misbehaving.CRASHED.unlink(missing_ok=True)
     try:
         (found,) = run(pool, task("segfaults_once")).values()
     finally:
-        pool.close()
+        misbehaving.CRASHED.unlink(missing_ok=True)
     assert found.status == "crash" and "and not again" in found.error and "LinearCase(" in found.error
 
 
