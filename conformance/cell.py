@@ -15,7 +15,7 @@ from .candidate import text
 from .case import read_case, reproduction
 from .formats import GENERATED
 from .ops import operations
-from .oracle import WIDE_EXAMPLES, WIDE_SHARE, Agreement, Disagreement
+from .oracle import ERRORS, WIDE_EXAMPLES, WIDE_SHARE, WIDTHS, Agreement, Disagreement
 from .strategies import pool
 from .trial import Here, LeftOut, own
 
@@ -67,9 +67,9 @@ class Cell:
 
     status: one of status.STATUSES. examples: how many ran; unsupported: how many the candidate declined; left_out: how many it was not
     given, for lack of time. worst, elements, wide, widths, errors, matches, signed: those of Agreement, over all examples; bounded: examples
-    with elements under a bound, vague: the sum of their shares of wide ones; bias_z: by
-    how many sigma more results were rounded away from zero than toward it. variants: how many examples agreed first with which; regimes: how many had
-    which data. seconds: in its calls. case, error, reproduce: of a failure. reason: of what did not run.
+    with elements under a bound, vague: the sum of their shares of wide ones; bias_z: by how many sigma more results were rounded away from
+    zero than toward it. variants: how many examples agreed first with which; regimes: how many had which data. seconds: in its calls. case,
+    error, reproduce: of a failure. reason: of what did not run.
     waiver: the link of what is waived; waived: of each waiver, how many examples it covers and how many of those failed.
     blocked_by: an operation that this one is made of, and that fails.
     """
@@ -85,8 +85,8 @@ class Cell:
     wide: int = 0
     bounded: int = 0
     vague: float = 0.0
-    widths: list = field(default_factory=lambda: [0] * 16)
-    errors: list = field(default_factory=lambda: [0] * 10)
+    widths: list = field(default_factory=lambda: [0] * WIDTHS)
+    errors: list = field(default_factory=lambda: [0] * ERRORS)
     matches: int = 0
     signed: list = field(default_factory=lambda: [0, 0])
     bias_z: float | None = None
@@ -109,10 +109,9 @@ class Cell:
         self.wide += agreement.wide
         if agreement.elements:
             self.bounded, self.vague = self.bounded + 1, self.vague + agreement.wide / agreement.elements
-        self.matches += getattr(agreement, "matches", 0)
+        self.matches += agreement.matches
         for name in ("widths", "errors", "signed"):
-            counts = getattr(agreement, name, None) or ()
-            setattr(self, name, [a + b for a, b in zip(getattr(self, name), counts, strict=True)] if counts else getattr(self, name))
+            setattr(self, name, [a + b for a, b in zip(getattr(self, name), getattr(agreement, name), strict=True)])
         if agreement.variant:
             self.variants[agreement.variant] = self.variants.get(agreement.variant, 0) + 1
         self.saw(case)

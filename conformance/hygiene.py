@@ -53,7 +53,7 @@ class Guard:
 def lay(problem, seed=0):
     """Move a Problem's buffers between guard bands, once: its args, kwargs and owned become the same views of the copies.
 
-    problem.guards: the copies. problem.apart: names of what lies with gaps there.
+    problem.guards: the copies. problem.apart: names of what lies with gaps there. problem.pristine: copies of what is too large to be moved.
     """
     if hasattr(problem, "guards"):
         return
@@ -81,6 +81,7 @@ def lay(problem, seed=0):
     problem.guards, problem.apart = list(guards.values()), sorted({guards[key].name for key in moved})
     for guard in problem.guards:
         guard.keep()
+    problem.pristine = {name: t.clone() for name, t in problem.owned.items() if t.untyped_storage().nbytes() > LARGEST}
 
 
 def check_inputs(problem):
@@ -96,12 +97,12 @@ def check_inputs(problem):
                 got = _view(now, tensor.dtype, tensor.storage_offset(), tensor.shape, tensor.stride())
                 _raise_changed(name, got, tensor)
         raise Disagreement(f"input: {guard.name}", f"the call changed its input: bytes between the elements of {guard.name}")
-    for name, tensor in problem.owned.items():
-        if tensor.untyped_storage().nbytes() > LARGEST:
-            got, pristine = tensor.clone(), problem.pristine[name]
-            if not torch.equal(bits(got), bits(pristine)):
-                tensor.copy_(pristine)
-                _raise_changed(name, got, tensor)
+    for name, pristine in problem.pristine.items():
+        tensor = problem.owned[name]
+        if not torch.equal(bits(tensor), bits(pristine)):
+            got = tensor.clone()
+            tensor.copy_(pristine)
+            _raise_changed(name, got, tensor)
 
 
 def _raise_changed(name, got, pristine):

@@ -38,9 +38,6 @@ class Problem:
     result: tuple | list | None = None
     settled: Callable = list
 
-    def __post_init__(self):
-        self.pristine = {name: t.clone() for name, t in self.owned.items()}
-
 
 def accepted(declared, variants):
     """Of an operation's variants, those that a candidate may follow: the declared ones, or all of them."""
