@@ -9,8 +9,9 @@ from .ops import parts_of
 from .oracle import Disagreement, bits, number
 
 POISON = (float("nan"), 1e30, -7.0)
-# Of the examples, one in so many has another call between the two, and one is called on two streams and as a CUDA graph.
-BETWEEN, CONCURRENT = 2, 8
+# Of the examples, one in so many has another call between the two; one is called on two streams and as a CUDA graph; one with its first argument
+# elsewhere in memory; and one for the second time while other kernels keep the GPU busy.
+BETWEEN, CONCURRENT, MOVED, CROWDED = 2, 8, 4, 2
 
 
 def attempt(candidate, function, problem, impl=None, seed=0, declared=None):
@@ -19,8 +20,9 @@ def attempt(candidate, function, problem, impl=None, seed=0, declared=None):
     All arguments lie between guard bands. Memory of the result's size is filled with poison and given back to the allocator first, so that
     an output that is not written shows. The call in between has other arguments, often of another shape, or the first ones overwritten, and
     its result follows from that of the first where a relation of metamorphic says so. The second call has to return the same bits; into a
-    poisoned out=, where the function takes it. On a GPU some examples are called on two streams at once, and those of functions that the
-    candidate names in GRAPHS captured in a CUDA graph and replayed.
+    poisoned out=, where the function takes it. Some examples are called once more with the first argument elsewhere in memory. On a GPU some
+    examples are called on two streams at once, and those of functions that the candidate names in GRAPHS captured in a CUDA graph and
+    replayed; and every second one is repeated while other kernels keep the GPU busy.
 
     Args:
         declared: the Declaration that the candidate is held to, or None. Not deterministic: what is returned the second time only has to
@@ -63,11 +65,15 @@ def _attempt(watched, seed):
             _check_same(a, b.cpu(), "after another call, which wrote over it")
     if problem.device.type == "cuda" and seed % CONCURRENT == 0:
         _concurrent(watched, poison)
+    if seed % MOVED == 1:
+        _moved(watched)
     out, guard = {}, None
     if isinstance(problem.result, tuple) and watched.candidate.takes(watched.function, "out"):
         out["out"], guard = hygiene.guarded(*problem.result, problem.device, poison)
     else:
         _poison(problem, POISON[(seed + 1) % 3])
+    if problem.device.type == "cuda" and seed % CROWDED == 1:
+        hygiene.crowd(problem.device)
     again = watched.call(problem.args, {**problem.kwargs, **out})
     _check_result(problem, again)
     if guard is not None:
@@ -102,8 +108,9 @@ class _Watched:
         try:
             result = self.candidate.call(self.function, args, kwargs, self.impl)
             if wait and self.problem.device.type == "cuda":
-                # What a kernel does wrong to memory shows here, and not in the suite's own next step.
+                # What a kernel does wrong to memory shows here, and a launch that was refused, and not in the suite's own next step.
                 torch.cuda.synchronize(self.problem.device)
+                torch.zeros(1, device=self.problem.device)
             return result
         except NotImplementedError:
             raise
@@ -182,6 +189,22 @@ def _overwritten(problem, args, kwargs):
             tensor.copy_(was)
 
     return args, kwargs, restore
+
+
+def _moved(watched):
+    """The first call with its first argument one element further in memory: what was compiled for aligned memory meets some that is not."""
+    x, problem = watched.problem.args[0], watched.problem
+    if not isinstance(x, torch.Tensor) or not x.numel() or x.untyped_storage().nbytes() > hygiene.LARGEST:
+        return
+    try:
+        result = watched.call((hygiene.moved(x), *problem.args[1:]), problem.kwargs)
+    except NotImplementedError:
+        return
+    _check_result(problem, result)
+    try:
+        watched.judge(result, [t.cpu() for t in _tensors(result)])
+    except Disagreement as error:
+        raise Disagreement(error.kind, f"{error.args[0]} (its first argument one element further in memory)", error.hint) from None
 
 
 def _concurrent(watched, poison):

@@ -15,6 +15,8 @@ BAND = 512
 PATTERN = torch.tensor([0xFF, 0xFF, 0x7F, 0x7F], dtype=torch.uint8)
 # Larger buffers (far apart rows on pages that are not there) stay where they are.
 LARGEST = 2**26
+# Sides of the products that keep a GPU busy: about half a millisecond of many blocks, of several lengths.
+CROWD = (3000, 2048, 3000, 1024, 3000, 2048, 3000)
 # Every eighth example has its small operands as views, with gaps between their elements or rows.
 APART, APART_SEED = 8, 1
 
@@ -121,6 +123,11 @@ def guarded(shape, dtype, device, value):
     return guard.view(tensor), guard
 
 
+@functools.cache
+def _crowd(size, device):
+    return torch.ones(size, size, dtype=torch.float16, device=device)
+
+
 @functools.lru_cache(maxsize=8)
 def _pattern(size, device):
     return PATTERN.to(device).repeat(-(-size // len(PATTERN)))[:size]
@@ -182,6 +189,26 @@ def check_state(before):
         if name == "random state":
             raise Disagreement(f"state: {name}", "the call drew from torch's global random numbers, or seeded them anew")
         raise Disagreement(f"state: {name}", f"the call left the {name} at {now}, it was {was}")
+
+
+def crowd(device):
+    """Products on a stream of their own, which leave few multiprocessors to what is launched next; CUDA only.
+
+    Blocks of a kernel then begin and end far apart: what waits for the wrong block reads what is not there yet.
+    """
+    with torch.cuda.stream(torch.cuda.Stream(device)):
+        for size in CROWD:
+            a = _crowd(size, device)
+            torch.mm(a, a)
+
+
+def moved(tensor):
+    """The same numbers in the same strides, in memory that begins one element later than an aligned one."""
+    storage = tensor.untyped_storage()
+    size, start = storage.nbytes() // tensor.element_size(), tensor.storage_offset()
+    space = torch.empty(size + 1, dtype=tensor.dtype, device=tensor.device)
+    space[1:].copy_(torch.empty(0, dtype=tensor.dtype, device=tensor.device).set_(storage, 0, (size,), (1,)))
+    return space.as_strided(tensor.shape, tensor.stride(), start + 1)
 
 
 def on_two_streams(call, device):

@@ -26,6 +26,7 @@ from .regimes import DATA
 FILE = pathlib.Path(__file__).parent / "power.json"
 # Of right changes more examples are asked for, since nothing stops early: 10,000 in all.
 EXAMPLES, VARIATION_EXAMPLES = 200, 500
+LANES = ("cpu", "gpu")
 
 
 def main(argv=None):
@@ -58,7 +59,7 @@ def _parse(argv):
     parser = argparse.ArgumentParser(
         prog="python -m conformance.power", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--lane", choices=("cpu", "gpu"), default="cpu")
+    parser.add_argument("--lane", choices=LANES, default="cpu")
     parser.add_argument("--mutants", nargs="+", default=["*"], metavar="NAME", help="only these; * and ? stand for others")
     parser.add_argument("--variations", action="store_true")
     parser.add_argument("--cheats", action="store_true")
@@ -75,7 +76,7 @@ def _subjects(args):
     what, found = ("variation", VARIATIONS) if args.variations else ("cheat", CHEATS) if args.cheats else ("mutant", MUTANTS)
     named = [s for s in found if any(fnmatch.fnmatch(s.name, pattern) for pattern in args.mutants)]
     # Right changes are right on both.
-    return what, [s for s in named if s.lane == args.lane or what == "variation"]
+    return what, [s for s in named if s.lane in (args.lane, "both") or what == "variation"]
 
 
 def _run(subjects, examples, device, jobs):
@@ -198,9 +199,11 @@ def write(what, lane, kills):
         kept |= {"cheats": len(kills), "cheats_caught": sum(kill.killed for kill in kills)}
     else:
         killed = {"cpu": 0, "gpu": 0} | kept.get("killed", {}) | {lane: sum(kill.killed for kill in kills)}
+        survivors = kept.get("survivors", {}) | {lane: [kill.name for kill in kills if not kill.killed]}
+        everywhere = [m.name for m in MUTANTS if all(m.name in survivors.get(of, [m.name]) for of in LANES if m.lane in (of, "both"))]
         compared = [kill for kill in kills if kill.rules is not None]
         rules = {rule: sum(kill.rules[rule] > 0 for kill in compared) for rule in _rules(compared)}
-        kept |= {"mutants": len(MUTANTS), "killed": killed | {"both": killed["cpu"] + killed["gpu"]}}
+        kept |= {"mutants": len(MUTANTS), "killed": killed | {"both": len(MUTANTS) - len(everywhere)}, "survivors": survivors}
         kept["rules"] = kept.get("rules", {}) | {lane: {"compared": len(compared), "suite": sum(k.killed for k in compared), **rules}}
     kept |= {"date": datetime.date.today().isoformat(), "commit": _commit()}
     FILE.write_text(json.dumps(kept, indent=1) + "\n")

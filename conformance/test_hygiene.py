@@ -223,3 +223,20 @@ def test_views_hold_what_the_buffers_held(case):
             assert torch.equal(hygiene.bits(view), hygiene.bits(tensor)) and view.data_ptr() % tensor.element_size() == 0
             assert view.storage_offset() * view.element_size() >= hygiene.BAND
         hygiene.check_inputs(laid)
+
+
+def test_the_first_argument_is_moved_in_memory():
+    x = torch.randn(6, 9)[1:, ::2]
+    there = hygiene.moved(x)
+    assert torch.equal(there, x) and there.stride() == x.stride() and there.data_ptr() % 16 == (x.data_ptr() + 4) % 16
+
+    class Aligned(Right):
+        """Reads what lies at the aligned address below."""
+
+        def linear(self, x, w, bias=None, **options):
+            start = x.data_ptr() % 16 // x.element_size()
+            return super().linear(x.as_strided(x.shape, x.stride(), x.storage_offset() - start), w, bias, **options)
+
+    run(Aligned(), seed=0)
+    with pytest.raises(Disagreement, match="its first argument one element further in memory"):
+        run(Aligned(), seed=1)

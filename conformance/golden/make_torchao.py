@@ -11,6 +11,7 @@ is packed by a CUDA kernel (_convert_weight_to_int4pack): its cases are made whe
 torchao_cuda.safetensors.
 """
 
+import importlib
 import json
 import pathlib
 import sys
@@ -148,7 +149,8 @@ def main():
 
 def tiles(versions):
     """What needs the CUDA kernel; expected is torchao's _dequantize_affine_tinygemm of the codes before packing, in float32."""
-    import torchao.quantization.quantize_.workflows.int4.int4_tile_packed_to_4d_tensor as module
+    # torchao.quantization has a function named like this package.
+    module = importlib.import_module("torchao.quantization.quantize_.workflows.int4.int4_tile_packed_to_4d_tensor")
 
     seen = {}
     quantize = module._quantize_affine_tinygemm

@@ -141,7 +141,7 @@ INPUTS = (
     _input("scale_in_half", "rounding", "raw = (amax / top)", "raw = (amax / top).half().float()", "int8_token", "narrowed type"),
     _input("groups_interleaved", "layout", "y = torch.ldexp(units.double(), exponent) * step.repeat_interleave(gk, 1)", "y = torch.ldexp(units.double(), exponent) * step.repeat(1, gk)", "int8", "axes swapped", op="linear_x"),
     _input("divided_by_first_group", "scale", "    return step.repeat_interleave(gk, 1)[:, :k], stored", "    return step[:, :1].expand(m, k), stored", "int8_g128", "off by one"),
-    Mutant("bytes_packed_backwards", "layout", CODES, "stream |= codes[:, i::per] << (i * bits)", "stream = stream << bits | codes[:, i::per]", "quantize_input", "fp4_e2m1_token", None, "order of bits"),
+    Mutant("bytes_packed_backwards", "layout", CODES, "(pair | pair >> (8 - bits))", "(pair << bits | pair >> 8)", "quantize_input", "fp4_e2m1_token", None, "order of bits"),
     Mutant("codes_across_words_not_packed", "layout", CODES, "stream[..., word + 1] |= code >> (32 - shift)", "stream[..., word + 1] |= 0", "quantize_input", "fp6_e3m2_token", None, "dropped term"),
     Mutant("dequantized_through_bf16", "rounding", EAGER, "_round_once(hadamard(part, q.format.hadamard) if q.format.hadamard else part, dtype)", "(hadamard(part, q.format.hadamard) if q.format.hadamard else part).to(torch.bfloat16)", "dequantize", "int4_g128", None, "narrowed type"),
     Mutant("dequantized_first_expert_again", "layout", EAGER, "[_expert(q, index) for index", "[_expert(q, index // 2) for index", "dequantize", "int4_g128", None, "off by one"),

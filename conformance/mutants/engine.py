@@ -38,7 +38,8 @@ class Mutant:
 
     name: unique, says the defect. group: one of GROUPS. path: of the file, from the root. find: occurs exactly `times` times in it.
     op, label, impl: the cell; for readers of checkpoints op is "read" and label the layout.
-    stands_for: the address of a public bug, or the operator that made it. lane: "cpu", or "gpu" for what the interpreter cannot show.
+    stands_for: the address of a public bug, or the operator that made it. lane: "cpu", or "gpu" for what the interpreter cannot show, or
+        "both" for what it shows in cases so large that it gets few of them.
     opens: right patches (path, find, replace) that lead to the code: kernels that are not chosen on the CPU. hangs: it may never return.
     """
 

@@ -116,6 +116,7 @@ ROUTING = (
     ),
     Mutant(
         "kernel_softmax_without_the_maximum", "routing", T_TOPK, "tl.exp(v - top[:, None])", "tl.exp(v)", *T_SOFTMAX, "overflow of exp",
+        lane="both",
     ),
     Mutant(
         "kernel_expert_chosen_twice", "routing", T_TOPK,
@@ -138,11 +139,6 @@ ROUTING = (
     Mutant(
         "kernel_softplus_without_log1p", "rounding", T_TOPK, "log1p(tl.exp(-tl.abs(v)))", "tl.log(1.0 + tl.exp(-tl.abs(v)))",
         *T_SOFTPLUS, "cancellation",
-    ),
-    Mutant(
-        "kernel_weights_read_before_they_are_written", "concurrency", T_TOPK,
-        "    tl.debug_barrier()\n", "",
-        *T_SIGMOID, "dropped barrier", lane="gpu",
     ),
     Mutant(
         "kernel_sigmoid_of_two_infinities", "rounding", T_TOPK, "1.0 / (1.0 + tl.exp(-v))", "tl.exp(v) / (1.0 + tl.exp(v))",
@@ -510,7 +506,7 @@ PRODUCTS = (
     ),
     Mutant(
         "fragments_router_weight_of_the_token", "scale", T_WIDE, "tl.load(topk_weights + rm, ", "tl.load(topk_weights + rm // top_k, ",
-        *T_INDEXED, VLLM + "16801", opens=BY_FRAGMENTS,
+        *T_INDEXED, VLLM + "16801", opens=BY_FRAGMENTS, lane="both",
     ),
     Mutant(
         "fragments_weight_before_bias", "scale", T_WIDE,
@@ -533,7 +529,7 @@ PRODUCTS = (
     ),
     Mutant(
         "kernel_blocks_by_the_number_of_rows", "routing", T_BLOCKS, "whole = (count + BLOCK - 1) // BLOCK", "whole = count // BLOCK + 1",
-        *T_CONTIGUOUS, VLLM + "55896", opens=BY_KERNEL,
+        *T_CONTIGUOUS, VLLM + "55896", opens=BY_KERNEL, lane="both",
     ),
     Mutant(
         "kernel_block_of_the_run_before", "routing", T_BLOCKS,

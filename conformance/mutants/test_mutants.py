@@ -26,7 +26,7 @@ def test_the_tables():
     assert len(names) == len(set(names))
     assert len(MUTANTS) >= 120 and len(VARIATIONS) >= 20 and len(CHEATS) >= 15
     assert all(mutant.group in engine.GROUPS for mutant in EVERY) and all(mutant.group == "variation" for mutant in VARIATIONS)
-    assert {mutant.lane for mutant in MUTANTS} <= {"cpu", "gpu"}
+    assert {mutant.lane for mutant in MUTANTS} <= {"cpu", "gpu", "both"}
     assert all(mutant.stands_for and " " not in mutant.name for mutant in EVERY)
 
 
@@ -107,13 +107,16 @@ def test_the_report_of_mutants():
 
 def test_what_is_written_keeps_the_other_lane(tmp_path, monkeypatch):
     monkeypatch.setattr(power, "FILE", tmp_path / "power.json")
-    power.write("mutant", "gpu", [kill("a"), kill("b", "survived")])
-    power.write("mutant", "cpu", [kill("c"), kill("d"), kill("e", "error")])
+    of = {lane: [mutant.name for mutant in MUTANTS if mutant.lane == lane] for lane in ("cpu", "gpu", "both")}
+    power.write("mutant", "gpu", [kill(of["gpu"][0]), kill(of["gpu"][1], "survived"), kill(of["both"][0]), kill(of["both"][1], "survived")])
+    both = [kill(name, "survived") for name in of["both"][:2]]
+    power.write("mutant", "cpu", [kill(of["cpu"][0]), kill(of["cpu"][1]), kill(of["cpu"][2], "error"), *both])
     power.write("variation", "cpu", [kill("f", "survived"), kill("g", "survived")])
     kept = json.loads(pathlib.Path(power.FILE).read_text())
-    assert kept["killed"] == {"cpu": 2, "gpu": 1, "both": 3} and kept["mutants"] == len(MUTANTS)
+    # One of the GPU's, one that was not run, and one that both let pass.
+    assert kept["killed"] == {"cpu": 2, "gpu": 2, "both": len(MUTANTS) - 3} and kept["mutants"] == len(MUTANTS)
     assert (kept["variations"], kept["false_alarms"], kept["examples"]) == (2, 0, 18)
-    assert kept["rules"]["cpu"]["allclose"] == 3 and len(kept["date"]) == 10
+    assert kept["rules"]["cpu"]["allclose"] == 5 and len(kept["date"]) == 10
 
 
 def test_the_command_line(capsys):
