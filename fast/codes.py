@@ -23,13 +23,12 @@ def pack(codes, bits):
     if not rows * words:
         return torch.empty(rows, words, dtype=torch.int32, device=codes.device)
     if 8 % bits == 0:
-        # Whole codes in each byte.
-        per = 8 // bits
-        codes = torch.nn.functional.pad(codes.to(torch.uint8), (0, words * 4 * per - k)) if words * 4 * per != k else codes.to(torch.uint8)
-        stream = codes[:, ::per].contiguous() if per > 1 else codes.contiguous()
-        for i in range(1, per):
-            stream |= codes[:, i::per] << (i * bits)
-        return stream.view(torch.int32)
+        # Whole codes in each byte: two bytes become one, until it is full.
+        codes = torch.nn.functional.pad(codes.to(torch.uint8), (0, words * 32 // bits - k)).contiguous()
+        while bits < 8:
+            pair = codes.view(torch.int16)
+            codes, bits = (pair | pair >> (8 - bits)).to(torch.uint8), 2 * bits
+        return codes.view(torch.int32)
     # 32 codes are `bits` words: where code i begins, and what of it lies in the next word, is the same in each 32.
     groups = -(-k // 32)
     codes = torch.nn.functional.pad(codes, (0, groups * 32 - k)).view(rows, groups, 32)

@@ -1,18 +1,20 @@
 """Weights quantized in plain torch: float32 arithmetic, as many rows at a time as stay in a cache."""
 
 import functools
+import importlib
+import importlib.util
 import itertools
 import math
 
 import torch
 
-from ref.element import Codebook, Int, max_value, min_value, value_list
+from ref.element import Codebook, Float, Int, max_value, min_value, value_list
 from ref.format import parse_format
 from ref.qtensor import QTensor
 
 from .codes import pack
 from .hadamard import hadamard
-from .quantize_input import _codes, _decoded, _round, _stored
+from .quantize_input import _decoded, _stored
 
 # Weights at a time: on a CPU what its cache holds with all that is computed from it, on a GPU what keeps it busy.
 CHUNK = {"cpu": 2**18, "cuda": 2**26}
@@ -50,7 +52,9 @@ def quantize(w, format, *, rule=None, rounding="nearest_even", generator=None):
     count = torch.Size(lead).numel()
     # No weight at all has parts, too.
     made = [_quantized(one, fmt) for one in (w.detach().reshape(-1, n, k) if count * n * k else w.new_zeros(max(count, 1), n, k))]
-    parts = (None if of[0] is None else torch.stack(of)[:count].reshape(*lead, *of[0].shape) for of in zip(*made, strict=True))
+    parts = made[0]
+    if lead:
+        parts = (None if of[0] is None else torch.stack(of)[:count].reshape(*lead, *of[0].shape) for of in zip(*made, strict=True))
     return QTensor(fmt, tuple(w.shape), **dict(zip(("packed", "scale", "zero", "scale_2", "offset"), parts, strict=True)))
 
 
@@ -65,6 +69,8 @@ def _rule_of(fmt):
 
 def _quantized(w, fmt):
     """packed, scale, zero, scale_2 and offset (None where there is none) of one weight (n, k)."""
+    if _has_kernel(w, fmt):
+        return _at_once(w, fmt)
     n, k = w.shape
     gn = fmt.group[0] or 1
     # Whole groups of rows at a time; if all rows share one scale, their range comes first.
@@ -84,8 +90,8 @@ def _rows_of(scale_2, start, step):
 
 
 def _values(w, fmt):
-    """w in the dtype that is computed in, rotated. Differences from an offset may be too large for float32."""
-    x = w.double() if w.dtype == torch.float64 or fmt.offset else w.float()
+    """w in the dtype that is computed in, rotated. Differences from an offset may be too large for float32, and so may units of an element."""
+    x = w.double() if w.dtype == torch.float64 or fmt.offset or max_value(fmt.element) > 2.0**100 else w.float()
     return hadamard(x, fmt.hadamard) if fmt.hadamard else x
 
 
@@ -116,7 +122,8 @@ def _scaled(x, fmt, scale_2):
 def _ranges(x, fmt):
     """The least and the largest number of each group: (a, b) each."""
     tiles = _tiles(x, fmt)
-    low, high = tiles.aminmax(dim=-1)
+    # Two reductions: on a CPU aminmax takes five times as long.
+    low, high = tiles.amin(-1), tiles.amax(-1)
     if tiles.dim() == 4:
         low, high = low.amin(1), high.amax(1)
     return low, high
@@ -144,8 +151,7 @@ def _rows(w, fmt, scale_2, ranges):
     x = _values(w, fmt)
     seen = _scaled(x, fmt, scale_2)
     low, high = _ranges(seen, fmt) if ranges is None else ranges
-    if not bool((low.isfinite() & high.isfinite()).all()):
-        raise ValueError(f"quantize: w holds {x[~x.isfinite()][0].item()}, expected finite numbers")
+    _check_finite(x, low, high)
     scale, zero, offset = _first_scales(low, high, fmt)
     step = _decoded(scale, fmt.scale).to(x.dtype)
     tiles = _tiles(seen, fmt)
@@ -166,6 +172,45 @@ def _rows(w, fmt, scale_2, ranges):
     return pack(_encoded(t, fmt.element), fmt.element.bits), scale, zero, offset
 
 
+def _check_finite(x, low, high):
+    if not bool((low.isfinite() & high.isfinite()).all()):
+        _refuse(x)
+
+
+def _refuse(x):
+    raise ValueError(f"quantize: w holds {x[~x.isfinite()][0].item()}, expected finite numbers")
+
+
+def _has_kernel(w, fmt):
+    """Whether a Triton kernel makes the codes."""
+    return w.device.type == "cuda" and importlib.util.find_spec("triton") is not None and _suits_kernel(w, fmt)
+
+
+def _suits_kernel(w, fmt):
+    """Whether float32 is enough, and every group has one second-level scale."""
+    enough = w.dtype != torch.float64 and fmt.offset is None and max_value(fmt.element) <= 2.0**100
+    return enough and bool(w.numel()) and (fmt.group[0] == 1 or not (fmt.scale_2 or "").startswith("channel"))
+
+
+def _at_once(w, fmt):
+    """What _quantized gives, without a float32 copy of w."""
+    scales, encode = (importlib.import_module(f"fast.triton.{name}") for name in ("scales", "encode"))
+    x = (hadamard(w.float(), fmt.hadamard) if fmt.hadamard else w).contiguous()
+    if scales.takes(fmt):
+        scale, zero, step, subtracted, bad = scales.first_scales(x, fmt)
+        packed = encode.encode(x, fmt, step, subtracted, None)
+        if int(bad):
+            _refuse(x)
+        return packed, scale, zero, None, None
+    scale_2 = _second_scale(w, fmt, len(w))
+    # The order of the numbers stays when they are scaled.
+    low, high = (_scaled(t.float(), fmt, scale_2) for t in _ranges(x, fmt))
+    _check_finite(x, low, high)
+    scale, zero, _ = _first_scales(low, high, fmt)
+    step = _decoded(scale, fmt.scale).float()
+    return encode.encode(x, fmt, step, None if zero is None else zero.float(), scale_2), scale, zero, scale_2, None
+
+
 def _first_scales(low, high, fmt):
     """scale, zero and offset as they are stored, from the range of each group."""
     element = fmt.element
@@ -182,7 +227,7 @@ def _first_scales(low, high, fmt):
     scale = _stored(torch.where(raw == 0, 1.0, raw), fmt.scale, up=False)
     if fmt.zero is not None:
         step = _decoded(scale, fmt.scale)
-        zero = torch.where(step == 0, 0.0, -low / torch.where(step == 0, 1.0, step))
+        zero = torch.where(step == 0, 0.0, (0 - low) / torch.where(step == 0, 1.0, step))
         zero = zero.round().clamp(0, 2**element.bits - 1).to(torch.uint8) if fmt.zero == "int" else _stored(zero, fmt.zero, up=False)
     if fmt.offset is not None:
         offset = _stored(low - min_value(element) * _decoded(scale, fmt.scale), fmt.offset, up=False)
@@ -201,23 +246,40 @@ def _exponent(top):
 
 def _encoded(t, element):
     """Codes of the element's values nearest to t, ties to the even code, uint8. t may be overwritten."""
+    if not isinstance(element, Int) and (isinstance(element, Codebook) or not (element.subnormal and element.mantissa)):
+        edges, codes, by_magnitude = table(element, t.dtype)
+        found = torch.bucketize(t.abs() if by_magnitude else t.contiguous(), edges.to(t.device))
+        code = codes.to(t.device)[found]
+        return code | t.signbit().to(torch.uint8) << (element.bits - 1) if by_magnitude else code
+    # Added to 1.5 * 2^mantissa units, t is rounded to whole units, and their number stands in the lowest bits.
+    mantissa, integer, bias = {torch.float32: (23, torch.int32, 127), torch.float64: (52, torch.int64, 1023)}[t.dtype]
     if isinstance(element, Int):
         lowest = -(2 ** (element.bits - 1)) if element.signed else 0
-        return t.round_().clamp_(lowest, lowest + 2**element.bits - 1).sub_(lowest).to(torch.uint8)
-    if isinstance(element, Codebook):
-        edges, codes = _edges(element, t.dtype)
-        return codes.to(t.device)[torch.bucketize(t.contiguous(), edges.to(t.device))]
-    return _codes(*_round(t.clamp_(min=min_value(element)), element), element)
+        t = t.clamp_(lowest, lowest + 2**element.bits - 1).add_(1.5 * 2**mantissa)
+        return t.view(integer).to(torch.uint8).sub_(lowest % 256)
+    # The exponent of the lowest binade; below it units stay as they are.
+    lowest = bias + (2 - 2 ** (element.exponent - 1) if element.exponent else element.mantissa)
+    half = 1 << (mantissa - 1)
+    size = (t.abs() if element.signed else t.clamp_(min=min_value(element))).clamp_(max=max_value(element))
+    field = (size.view(integer) >> mantissa).clamp_(min=lowest)
+    unit = ((field + (mantissa - element.mantissa)) << mantissa) | half
+    units = size.add_(unit.view(t.dtype)).view(integer) & (half - 1)
+    code = (field.sub_(lowest) << element.mantissa).add_(units)
+    return (code | (t.view(integer) < 0).to(integer) << (element.bits - 1) if element.signed else code).to(torch.uint8)
 
 
 @functools.cache
-def _edges(element, dtype):
-    """The largest t of a dtype that each of a codebook's values, in ascending order, is nearest to, but for the last; and their codes.
+def table(element, dtype):
+    """The largest t of a dtype that each of an element's values, in ascending order, is nearest to, but for the last; and their codes.
 
-    Of codes with one value the first stands for all.
+    Of codes with one value the first stands for all. Floats with a sign and a zero are searched by magnitude (the third result says so): the
+    sign of a negative zero stays.
     """
     values = value_list(element)
-    pairs = sorted((v, code) for code, v in enumerate(values) if v not in values[:code])
+    by_magnitude = isinstance(element, Float) and element.signed and 0.0 in values
+    if by_magnitude:
+        values = values[: len(values) // 2]
+    pairs = sorted((v, code) for code, v in enumerate(values) if math.isfinite(v) and v not in values[:code])
     edges = []
     for (v0, code), (v1, above) in itertools.pairwise(pairs):
         middle = torch.tensor((v0 + v1) / 2, dtype=torch.float64)
@@ -226,4 +288,5 @@ def _edges(element, dtype):
         if edge.double() > middle or (edge.double() == middle and code % 2 and not above % 2):
             edge = torch.nextafter(edge, edge.new_tensor(-torch.inf))
         edges.append(edge)
-    return torch.stack(edges) if edges else torch.empty(0, dtype=dtype), torch.tensor([code for _, code in pairs], dtype=torch.uint8)
+    codes = torch.tensor([code for _, code in pairs], dtype=torch.uint8)
+    return torch.stack(edges) if edges else torch.empty(0, dtype=dtype), codes, by_magnitude

@@ -81,8 +81,10 @@ def _stored(scale, name, up):
     target = SCALE_DTYPES[name]
     if isinstance(target, torch.dtype):
         near = scale.clamp(-torch.finfo(target).max, torch.finfo(target).max).to(target)
+        if not up:
+            return near
         integer = near.view({4: torch.int32, 2: torch.int16}[near.element_size()])
-        return torch.where(up & (near.float() < scale) & (near < torch.finfo(target).max), (integer + 1).view(target), near)
+        return torch.where((near.float() < scale) & (near < torch.finfo(target).max), (integer + 1).view(target), near)
     units, exponent = _round(scale, target, torch.ceil if up else torch.round)
     return _codes(units, exponent, target)
 

@@ -1,6 +1,7 @@
 """fast.quantize: against ref's scales and codes, every granularity and edge shape; the bitstream."""
 
 import importlib
+import math
 
 import pytest
 import torch
@@ -9,6 +10,8 @@ import fast
 import ref
 from conformance.case import QuantizeCase
 from conformance.ops import quantize as op
+from conformance.regimes import draw_x
+from ref.element import encode, max_value, parse_element, value_list
 from ref.format import FORMATS
 
 from .codes import pack
@@ -17,6 +20,18 @@ MORE = (
     *("int4_tensor", "fp8_e4m3_tensor", "uint4z_g64_bf16", "uint4_g64_bf16_zbf16", "int8_channel2div", "fp4_e2m1_g16_e4m3_tensor2div"),
     *("int4_g128_bf16_h64", "nf4_b4x7", "int1_g32", "fp4_e0m3_g16", "int4_b64x64_e8m0"),
 )
+# Every float of up to 8 bits, and some integers and codebooks.
+FLOATS = [
+    *(
+        f"{'' if signed else 'u'}e{exponent}m{mantissa}{end}"
+        for exponent in range(9)
+        for mantissa in range(8)
+        for signed in (True, False)
+        for end in ("finite", "fn", "ieee", "n")
+        if 0 < signed + exponent + mantissa <= 8 and (exponent or end == "finite")
+    ),
+    *("int1", "int4", "uint8", "nf4", "iq4nl"),
+]
 SHAPES = ((7, 256), (3, 33, 192), (0, 64), (2, 5, 0), (0, 4, 64), (1, 130, 64))
 
 
@@ -45,6 +60,36 @@ def test_every_shape_has_the_parts_that_it_should(name):
         q, want = fast.quantize(torch.ones(shape), name), ref.quantize(torch.ones(shape), name)
         ref.validate(q)
         assert ref.equal(q, want)
+
+
+@pytest.mark.parametrize("name", [*FORMATS, *MORE, "fp4_e3m0_g32", "fp4_e2m1n_g16", "uint3z", "int6_g32", "int7_g48"])
+def test_the_kernel_makes_the_same_codes(name, monkeypatch):
+    """In the interpreter: where a weight's codes begin in which word, and which edge they fall on."""
+    module, fmt = importlib.import_module("fast.quantize"), ref.parse_format(name)
+    for n, k, dtype in ((5, 192, "bf16"), (3, 130, "fp32"), (33, 64, "fp16"), (1, 1, "fp32"), (2, 2112, "bf16")):
+        w = draw_x(n, n, k, dtype, "heavy")
+        w[n // 2] = 0
+        if (fmt.hadamard and k % fmt.hadamard) or not module._suits_kernel(w, fmt):
+            continue
+        expected = fast.quantize(w, name)
+        with monkeypatch.context() as patch:
+            patch.setattr(module, "_has_kernel", lambda w, fmt: True)
+            assert ref.equal(fast.quantize(w, name), expected)
+            w[n // 2, k // 2] = math.nan if k % 2 else -math.inf
+            with pytest.raises(ValueError, match=r"w holds (nan|-inf), expected finite"):
+                fast.quantize(w, name)
+
+
+@pytest.mark.parametrize("name", FLOATS)
+def test_every_value_and_every_midpoint(name):
+    element = parse_element(name)
+    dtype = torch.float32 if max_value(element) <= 2.0**100 else torch.float64
+    values = torch.tensor(sorted({v for v in value_list(element) if math.isfinite(v)}), dtype=torch.float64)
+    middle = ((values[1:] + values[:-1]) / 2).to(dtype)
+    beside = [torch.nextafter(middle, middle.new_tensor(end)) for end in (-math.inf, math.inf)]
+    t = torch.cat([values.to(dtype), middle, *beside, 3 * values[-1:].to(dtype), 3 * values[:1].to(dtype) - 1])
+    encoded = importlib.import_module("fast.quantize")._encoded
+    assert torch.equal(encoded(t.clone(), element), encode(t, element))
 
 
 def test_float64_keeps_its_bits():
