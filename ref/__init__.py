@@ -7,7 +7,7 @@ torch.Size([3, 64])
 """
 
 from .activation import quantize_input
-from .combine import fuse, stack, take_rows
+from .combine import fuse, stack, take_columns, take_rows
 from .element import Codebook, Float, Int, decode, encode, parse_element
 from .format import FORMATS, Format, parse_format
 from .hadamard import hadamard
@@ -80,6 +80,7 @@ __all__ = [
     "quantize_input",
     "silu_and_mul",
     "stack",
+    "take_columns",
     "take_rows",
     "unpack",
     "validate",

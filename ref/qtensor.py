@@ -103,6 +103,21 @@ def equal(a, b):
     return all((s is None) == (t is None) and (s is None or (s.dtype == t.dtype and torch.equal(s, t))) for s, t in pairs)
 
 
+def part_kinds(fmt, shape, group_index=False):
+    """The dtype and shape of each part of a QTensor (..., n, k) of a format: {name: (dtype, shape)}; dtype None where there is no such part."""
+    *lead, n, k = shape
+    scale, scale_shape = SCALE_DTYPES[fmt.scale], fmt.scale_shape(shape)
+    zero = None if fmt.zero is None else torch.uint8 if fmt.zero == "int" else SCALE_DTYPES[fmt.zero]
+    return {
+        "packed": (torch.int32, (*lead, n, words_per_row(k, fmt.element.bits))),
+        "scale": (scale if isinstance(scale, torch.dtype) else torch.uint8, scale_shape),
+        "zero": (zero, scale_shape),
+        "scale_2": (fmt.scale_2 and torch.float32, (*lead, n if (fmt.scale_2 or "").startswith("channel") else 1, 1)),
+        "group_index": (torch.int32 if group_index else None, (*lead, k)),
+        "offset": (fmt.offset and SCALE_DTYPES[fmt.offset], scale_shape),
+    }
+
+
 def check_parts(q, operation):
     """The invariants of a QTensor that can be checked without reading its data.
 
@@ -119,17 +134,7 @@ def check_parts(q, operation):
         raise TypeError(f"{operation}: format is {type(fmt).__name__}, expected a Format")
     if len(shape) < 2 or min(shape) < 0:
         raise ValueError(f"{operation}: weight {fmt} has shape {shape}, expected (..., n, k)")
-    *lead, n, k = shape
-    scale_dtype, scale_shape = SCALE_DTYPES[fmt.scale], fmt.scale_shape(shape)
-    zero_dtype = None if fmt.zero is None else torch.uint8 if fmt.zero == "int" else SCALE_DTYPES[fmt.zero]
-    expected = {
-        "packed": (torch.int32, (*lead, n, words_per_row(k, fmt.element.bits))),
-        "scale": (scale_dtype if isinstance(scale_dtype, torch.dtype) else torch.uint8, scale_shape),
-        "zero": (zero_dtype, scale_shape),
-        "scale_2": (fmt.scale_2 and torch.float32, (*lead, n if (fmt.scale_2 or "").startswith("channel") else 1, 1)),
-        "group_index": (None if q.group_index is None else torch.int32, (*lead, k)),
-        "offset": (fmt.offset and SCALE_DTYPES[fmt.offset], scale_shape),
-    }
+    expected = part_kinds(fmt, shape, q.group_index is not None)
     for name, (dtype, part_shape) in expected.items():
         tensor = getattr(q, name)
         if (tensor is None) != (dtype is None):
@@ -144,5 +149,5 @@ def check_parts(q, operation):
             raise ValueError(f"{operation}: {name} of {fmt} has shape {tuple(tensor.shape)}, expected {part_shape}")
         if tensor.device != q.packed.device:
             raise ValueError(f"{operation}: packed of {fmt} is on {q.packed.device}, {name} on {tensor.device} (both must match)")
-    if fmt.hadamard and k % fmt.hadamard:
-        raise ValueError(f"{operation}: k={k} is no multiple of the rotation's block {fmt.hadamard} in {fmt}")
+    if fmt.hadamard and shape[-1] % fmt.hadamard:
+        raise ValueError(f"{operation}: k={shape[-1]} is no multiple of the rotation's block {fmt.hadamard} in {fmt}")

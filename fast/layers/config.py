@@ -8,41 +8,32 @@ from dataclasses import dataclass, field
 import torch
 
 from ref.format import Format
-from ref.layouts import humming, rules
-from ref.layouts.check import check_keys, integer, one_of
-from ref.layouts.gptq import pick
+from ref.layouts import humming, mxfp4, rules
+from ref.layouts.check import check_keys, one_of
+
+from .input_config import INPUT_KEYS, input_format, overridden
+from .inputs import input_of, layout_of
 
 IGNORED = humming.IGNORED
 WEIGHT_KEYS = (
     *humming.B_DTYPE, *humming.BS_DTYPE, *humming.GROUP, *humming.GROUP_N, *humming.TYPE, *humming.TYPE_2,
     "has_zero_point", "is_fp_zero_point", "hadamard_block_size",
 )  # fmt: skip
-A_DTYPE, X_GROUP, X_SCALE = (
-    ("a_dtype", "input_dtype", "dtype"),
-    ("input_scale_group_size", "group_size"),
-    ("input_scale_dtype", "scale_dtype"),
-)
-MODE = ("input_quant_mode", "quant_mode", "quantization_mode")
-INPUT_KEYS = (*A_DTYPE, *X_GROUP, *X_SCALE, *MODE)
 RULES = (*IGNORED, "dynamic")
-# How activations get their scales: whether there are groups, the second-level scale, and whether one scale is given with the model.
-MODES = {
-    "none": (False, None, False),
-    "static_tensor": (False, None, True),
-    "dynamic_token": (False, None, False),
-    "dynamic_group": (True, None, False),
-    "static_tensor_dynamic_group": (True, "tensor", True),
-    "dynamic_group_token": (True, "channel", False),
-}
-NOT_QUANTIZED = ("bfloat16", "float16", "half", "float32")
+# Names of experts, or of what is below them.
+EXPERTS = re.compile(r"(^|\.)experts(\.|$)")
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 
 @dataclass(frozen=True)
 class LayerConfig:
-    """How one layer is quantized. weight: its Format. x_format: of its input, or None. static: x_scale comes with the model."""
+    """How one layer is quantized.
 
-    weight: Format
+    weight: the Format that it is quantized to, or None: it stays as the checkpoint stores it. x_format: of its input, or None.
+    static: x_scale comes with the model. allow_fallback: another x_format may take the place of one that the device does not multiply.
+    """
+
+    weight: Format | None
     x_format: Format | None = None
     static: bool = False
     allow_fallback: bool = False
@@ -52,28 +43,20 @@ class LayerConfig:
 class QuantConfig:
     """A configuration as it was given, its keys and values checked.
 
-    weight: keys WEIGHT_KEYS; empty: nothing is quantized online. x: keys INPUT_KEYS; empty: 16-bit activations. Both may have IGNORED and
-    "dynamic" (RULES). force_requant: layers of a checkpoint that is quantized already, too.
+    weight: keys WEIGHT_KEYS; empty: nothing is quantized online. x: keys INPUT_KEYS; empty: 16-bit activations, or what the checkpoint
+    says of them. Both may have IGNORED and "dynamic" (RULES). force_requant: layers of a checkpoint that is quantized already, too.
+    checkpoint: (layout, quantization config) of a checkpoint that is quantized already, or None.
     """
 
     weight: dict = field(default_factory=dict)
     x: dict = field(default_factory=dict)
     force_requant: bool = False
     allow_fallback: bool = False
+    checkpoint: tuple | None = None
 
     def layer(self, name, dtype=torch.bfloat16):
-        """LayerConfig of the layer called `name`, or None where it is left alone.
-
-        Args:
-            dtype: of the model: of scales that have none.
-
-        Raises:
-            ValueError: an override for this layer that cannot be.
-        """
-        chosen = of_layer(self.weight, name)
-        if chosen is None:
-            return None
-        return LayerConfig(weight_format(chosen, dtype), *self.input(name), self.allow_fallback)
+        """LayerConfig of the layer called `name`, or None where it is left alone: resolve, with the config's own checkpoint."""
+        return resolve(name, self.checkpoint, self, dtype)
 
     def input(self, name):
         """The format of a layer's input, or None, and whether it is static."""
@@ -81,12 +64,54 @@ class QuantConfig:
         return (None, False) if chosen is None else input_format(chosen)
 
 
+def resolve(layer_name, checkpoint, quant_config, dtype=torch.bfloat16):
+    """How a layer of a checkpoint is quantized, by what the checkpoint's config and a QuantConfig say together.
+
+    Weights: those of a checkpoint that is not quantized follow the QuantConfig. A quantized checkpoint's stay as they are stored, also where
+    its config leaves them unquantized; with force_requant those that it has quantized are quantized anew, where the QuantConfig means them.
+    Of a GPT-OSS checkpoint ("mxfp4") only experts are quantized, whatever its list of exceptions leaves out: the layout stores no others.
+    Inputs: the QuantConfig's x counts first, and its allow_fallback. Then the checkpoint's own, with allow_fallback; but x is not quantized
+    for weights quantized anew, whose input nobody has spoken of.
+
+    Args:
+        layer_name: as the checkpoint has it.
+        checkpoint: (layout, quantization config), as Checkpoint.layout and Checkpoint.config are; None: it is not quantized.
+        quant_config: QuantConfig. dtype: of the model: of scales that have none.
+
+    Returns:
+        LayerConfig, or None: the layer is not quantized.
+
+    Raises:
+        ValueError, NotImplementedError: as the layout's options, input_of, and for an override that cannot be.
+
+    >>> resolve("layers.0.up", ("fp8", {"quant_method": "fp8"}), QuantConfig(x={"dtype": "int8"}))
+    LayerConfig(weight=None, x_format=Format(element=Int(bits=8, signed=True), scale='fp32', group=(1, 0), zero=None, scale_2=None, \
+hadamard=0, offset=None), static=False, allow_fallback=False)
+    """
+    keys = of_layer(quant_config.weight, layer_name)
+    if checkpoint is None:
+        if keys is None:
+            return None
+    else:
+        layout, config = checkpoint
+        module = layout_of(layout)
+        if module.options(config, layer_name) is None or (module is mxfp4 and not EXPERTS.search(layer_name)):
+            return None
+        keys = keys if quant_config.force_requant else None
+    weight = None if keys is None else weight_format(keys, dtype)
+    if (said := of_layer(quant_config.x, layer_name)) is not None:
+        return LayerConfig(weight, *input_format(said), quant_config.allow_fallback)
+    if weight is not None:
+        return LayerConfig(weight)
+    return LayerConfig(None, *input_of(layout, config, layer_name), allow_fallback=True)
+
+
 def read_config(value, x=None):
     """A QuantConfig.
 
     Args:
         value: of weights: a dict, a string of JSON, the path of a JSON file, or None. As a checkpoint's config.json has it, too:
-            its quantization_config then counts.
+            its quantization_config then counts. That of a quantized checkpoint (quant_method other than "humming") says what its layers are.
         x: of activations, likewise.
 
     Raises:
@@ -98,17 +123,17 @@ def read_config(value, x=None):
     """
     weight, x = _document(value, "quantization config"), _document(x, "input config")
     weight = weight.get("quantization_config", weight)
+    checkpoint = None
     if weight.get("quant_method", "humming") != "humming":
-        raise ValueError(
-            f"quantization config: quant_method is {weight['quant_method']!r}, and only 'humming' says how to quantize;"
-            " a checkpoint that is quantized already is read by its own layout (ref.layouts)"
-        )
+        checkpoint, weight = (weight["quant_method"], weight), {}
+        # Refuses a layout that there is not, and keys that are wrong whatever the layer.
+        layout_of(checkpoint[0]).options(checkpoint[1], "")
     weight = {key: v for key, v in weight.items() if key != "quant_method"}
     check_keys(weight, (*WEIGHT_KEYS, *RULES, "force_requant"), "quantization config")
     check_keys(x, (*INPUT_KEYS, *RULES, "allow_fallback"), "input config")
     force = one_of(weight.pop("force_requant", False), (True, False), "quantization config: force_requant")
     fallback = one_of(x.pop("allow_fallback", False), (True, False), "input config: allow_fallback")
-    config = QuantConfig(weight, x, force, fallback)
+    config = QuantConfig(weight, x, force, fallback, checkpoint)
     # All that can be wrong is said now, and not at the first layer that it concerns.
     for document, keys, make in ((weight, WEIGHT_KEYS, weight_format), (x, INPUT_KEYS, input_format)):
         where = "input config" if document is x else "quantization config"
@@ -116,7 +141,7 @@ def read_config(value, x=None):
         for pattern, override in _dynamic(document, where).items():
             if pattern.startswith("+"):
                 check_keys(override, keys, f"{where}: dynamic {pattern!r}")
-                make(_overridden(_own(document), override))
+                make(overridden(_own(document), override))
         if _own(document):
             make(_own(document))
     return config
@@ -162,7 +187,7 @@ def of_layer(document, name):
         return None
     for pattern, override in _dynamic(document).items():
         if re.match(rules.compiled(pattern[2:]), name):
-            return None if pattern[0] == "-" else _overridden(own, override)
+            return None if pattern[0] == "-" else overridden(own, override)
     return own or None
 
 
@@ -186,46 +211,9 @@ def _dynamic(document, where="config"):
     return overrides
 
 
-def _overridden(own, override):
-    """Keys replaced, under whatever of their names they are given."""
-    same = (
-        humming.B_DTYPE,
-        humming.BS_DTYPE,
-        humming.GROUP,
-        humming.GROUP_N,
-        humming.TYPE,
-        humming.TYPE_2,
-        A_DTYPE,
-        X_GROUP,
-        X_SCALE,
-        MODE,
-    )
-    replaced = {key for keys in same if set(keys) & set(override) for key in keys}
-    return {key: value for key, value in own.items() if key not in replaced} | override
-
-
 def weight_format(keys, dtype=torch.bfloat16):
     """The Format that keys of WEIGHT_KEYS say; scales without a dtype have the model's, those of blocks and tensors float32."""
     said = humming.options(keys, "")
     scale = said["scale"] or DTYPES[dtype]
     zero = {None: None, "int": "int", "float": scale}[said["zero"]]
     return Format(said["element"], scale, said["group"], zero, said["scale_2"], said["hadamard"])
-
-
-def input_format(keys):
-    """The Format that keys of INPUT_KEYS say, or None for activations as they are; and whether its scale is static.
-
-    Scales are those that the group size stands for where nothing is said: of 16 e4m3, of 32 e8m0, else float32.
-    """
-    where = "input config"
-    name = pick(keys, A_DTYPE, None, where)
-    group = integer(pick(keys, X_GROUP, 0, where), f"{where}: group_size", 0, 2**20)
-    mode = one_of(pick(keys, MODE, "dynamic_group" if group else "dynamic_token", where), tuple(MODES), f"{where}: quant_mode")
-    if name is None or name in NOT_QUANTIZED or mode == "none":
-        return None, False
-    grouped, scale_2, static = MODES[mode]
-    if grouped != (group > 0):
-        raise ValueError(f"{where}: quant_mode {mode!r} {'needs a group_size' if grouped else f'has no groups, and group_size is {group}'}")
-    scale = humming.scale_of(pick(keys, X_SCALE, None, where)) or {16: "e4m3", 32: "e8m0"}.get(group, "fp32")
-    element = humming.element_of(name, False)
-    return Format(element, scale, (1, group) if grouped else (0, 0) if static else (1, 0), None, scale_2), static

@@ -40,9 +40,11 @@ def quant_config():
     for name, argument in (("FAST_ONLINE_QUANT_CONFIG", "value"), ("FAST_INPUT_QUANT_CONFIG", "x")):
         found[argument] = text(name)
         try:
-            read_config(None if argument == "x" else found[argument], found[argument] if argument == "x" else None)
-        except (ValueError, FileNotFoundError) as error:
+            config = read_config(**{"value": None, argument: found[argument]})
+        except (ValueError, FileNotFoundError, NotImplementedError) as error:
             raise type(error)(f"{name}: {error}") from None
+        if config.checkpoint is not None:
+            raise ValueError(f"{name}: quant_method is {config.checkpoint[0]!r}: what a checkpoint is, not how to quantize one")
     return read_config(**found)
 
 

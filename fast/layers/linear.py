@@ -1,16 +1,17 @@
 """A quantized linear layer as a module."""
 
 import torch
-from torch import nn
 
-from ref.format import parse_format
-from ref.qtensor import TENSORS, QTensor
+from ref.format import check_input_format, parse_format
+from ref.qtensor import QTensor
 
 from ..dispatch import prepare
 from ..linear import linear
+from ..registry import find
+from .weight import Weight, empty
 
 
-class Linear(nn.Module):
+class Linear(Weight):
     """y = x W^T + bias with a quantized W: what takes nn.Linear's place. Buffers only; for inference.
 
     Buffers: the parts of a QTensor (packed, scale, and of zero, scale_2, group_index and offset those that it has), bias, x_scale.
@@ -21,71 +22,71 @@ class Linear(nn.Module):
     (torch.Size([3, 64]), Linear(in_features=128, out_features=64, format=int4_g128, bias=False))
     """
 
-    def __init__(self, weight, bias=None, *, x_format=None, x_scale=None):
+    FIXED = (*Weight.FIXED, "x_scale")
+
+    def __init__(self, weight, bias=None, *, x_format=None, x_scale=None, impl=None):
         """
         Args:
-            weight: QTensor (n, k). bias: (n,), or None. x_format, x_scale: as linear's.
+            weight: QTensor (n, k). bias: (n,), or None. x_format, x_scale, impl: as linear's.
 
         Raises:
-            ValueError: the bias does not fit the weight.
+            TypeError: the weight is no QTensor.
+            ValueError: the bias does not fit the weight, or x_scale x_format; or there is no such impl.
         """
-        super().__init__()
+        if not isinstance(weight, QTensor):
+            raise TypeError(f"Linear: weight is {type(weight).__name__}, expected a QTensor; torch.nn.Linear takes a plain tensor")
+        if len(weight.shape) != 2:
+            raise ValueError(f"Linear: weight {weight.format} has shape {tuple(weight.shape)}, expected (n, k)")
         if bias is not None and tuple(bias.shape) != (weight.shape[0],):
             raise ValueError(
                 f"Linear: bias has shape {tuple(bias.shape)}, weight {weight.format} has n={weight.shape[0]} (both must match)"
             )
-        self.format, self.shape = weight.format, tuple(weight.shape)
-        self.x_format = None if x_format is None else parse_format(x_format)
-        for name in TENSORS:
-            self.register_buffer(name, getattr(weight, name))
+        if x_format is not None:
+            x_format = parse_format(x_format)
+            check_input_format(x_format, x_scale, "Linear")
+        elif x_scale is not None:
+            raise ValueError("Linear: got x_scale without x_format")
+        if impl is not None:
+            find("linear", impl, "Linear")
+        super().__init__(weight)
+        self.x_format, self.impl = x_format, impl
         self.register_buffer("bias", None if bias is None else bias.detach())
         self.register_buffer("x_scale", x_scale)
-        self._weight = None
+
+    @classmethod
+    def empty(cls, n, k, format, *, bias=False, x_format=None, static=False, dtype=torch.bfloat16, device="meta"):
+        """A layer of the right shapes without any data, for a loader or load_state_dict to fill.
+
+        Args:
+            n, k: out and in features. format: a format name or a Format. bias: whether there is one, of the dtype.
+            x_format: as linear's. static: whether its scale comes with the model.
+
+        Raises:
+            ValueError: a format that there is not, or that the shape cannot have.
+
+        >>> Linear.empty(64, 100, "int3_g128", bias=True).packed
+        tensor(..., device='meta', size=(64, 10), dtype=torch.int32)
+        """
+        x_scale = torch.empty(1, dtype=torch.float32, device=device) if static else None
+        bias = torch.empty(n, dtype=dtype, device=device) if bias else None
+        return cls(empty(format, (n, k), device=device), bias, x_format=x_format, x_scale=x_scale)
 
     in_features = property(lambda self: self.shape[1])
     out_features = property(lambda self: self.shape[0])
 
-    @property
-    def weight(self):
-        """The QTensor, or what prepare has made of it: the same object at every call, as long as the buffers are the same."""
-        if self._weight is None:
-            self._weight = QTensor(self.format, self.shape, **{name: getattr(self, name) for name in TENSORS})
-        return self._weight
-
     def prepare(self, x_dtype=torch.bfloat16, **options):
         """Put the weight into its kernels' layout (fast.prepare) and let go of the buffers that it was read from. Returns the layer."""
-        self._weight = prepare(
-            self.weight,
-            x_dtype=x_dtype,
-            x_format=self.x_format,
-            static_scale=self.x_scale is not None,
-            bias=self.bias is not None,
-            **options,
-        )
-        for name in TENSORS:
-            setattr(self, name, None)
+        static, bias = self.x_scale is not None, self.bias is not None
+        own = {"x_format": self.x_format, "static_scale": static, "bias": bias, "impl": self.impl}
+        self.keep(prepare(self.weight, x_dtype=x_dtype, **own, **options))
         return self
 
     def forward(self, x):
-        return linear(x, self.weight, self.bias, x_format=self.x_format, x_scale=self.x_scale)
-
-    def _apply(self, fn, recurse=True):
-        # Moved to another device; a cast leaves the parts of the weight as they are, since their dtypes mean something.
-        if self.packed is None:
-            raise RuntimeError("Linear: this layer was prepared for its device; move layers before prepare")
-        kept = {name: getattr(self, name) for name in (*TENSORS, "x_scale")}
-        super()._apply(fn, recurse)
-        for name, was in kept.items():
-            now = getattr(self, name)
-            if was is not None and now.dtype != was.dtype:
-                setattr(self, name, was.to(now.device))
-        self._weight = None
-        return self
-
-    def _load_from_state_dict(self, *args, **kwargs):
-        super()._load_from_state_dict(*args, **kwargs)
-        self._weight = None
+        return linear(x, self.weight, self.bias, x_format=self.x_format, x_scale=self.x_scale, impl=self.impl)
 
     def extra_repr(self):
         x = "" if self.x_format is None else f", x_format={self.x_format}"
-        return f"in_features={self.in_features}, out_features={self.out_features}, format={self.format}{x}, bias={self.bias is not None}"
+        impl = "" if self.impl is None else f", impl={self.impl}"
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, format={self.format}{x}, bias={self.bias is not None}{impl}"
+        )

@@ -8,7 +8,8 @@ import torch
 from ref import parse_format
 
 from . import environment
-from .config import LayerConfig, QuantConfig, read_config
+from .config import LayerConfig, QuantConfig, read_config, resolve
+from .online import quantize_
 
 INT4 = {"dtype": "int4", "group_size": 128}
 GROUPED = parse_format("int4_g128_bf16")
@@ -131,7 +132,8 @@ WRONG = [
     ({"dtype": "int4", "dynamic": {"+:up": {"bits": 3}}}, "dynamic '[+]:up' has the unknown key 'bits'"),
     ({"dtype": "int4", "dynamic": {"+:up": {"dtype": "int12"}}}, "int12"),
     ({"dtype": "int4", "dynamic": [1]}, "expected a dict of dicts"),
-    ({"quant_method": "gptq", "bits": 4}, "'gptq'"),
+    ({"quant_method": "gptqq", "bits": 4}, "layout is 'gptqq', expected one of"),
+    ({"quant_method": "gptq", "bit": 4}, "unknown key 'bit'; the nearest known one is 'bits'"),
     ("{bad", "no JSON"),
     (7, "a int, expected a dict"),
 ]
@@ -168,6 +170,85 @@ def test_files_that_cannot_be_read(tmp_path):
         read_config(str(tmp_path / "list.json"))
     with pytest.raises(ValueError, match="cannot read"):
         read_config(str(tmp_path))
+
+
+FP8 = ("fp8", {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128], "modules_to_not_convert": ["gate"]})
+GPTQ = ("gptq", {"quant_method": "gptq", "bits": 4, "group_size": 128, "checkpoint_format": "gptq", "desc_act": False, "sym": True})
+GPT_OSS = ("mxfp4", {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn", "lm_head"]})
+INT8, STORED = parse_format("int8_token"), LayerConfig(None, parse_format("fp8_e4m3_g128"), allow_fallback=True)
+FORCED = INT4 | {"force_requant": True}
+
+
+@pytest.mark.parametrize(
+    "layer, checkpoint, weight, x, expected",
+    [
+        # No checkpoint: the config alone.
+        ("mlp.up", None, None, None, None),
+        ("mlp.up", None, None, {"dtype": "int8"}, None),
+        ("mlp.up", None, INT4, None, LayerConfig(GROUPED)),
+        ("mlp.up", None, INT4, {"dtype": "int8"}, LayerConfig(GROUPED, INT8)),
+        ("mlp.up", None, INT4, {"dtype": "int8", "allow_fallback": True}, LayerConfig(GROUPED, INT8, allow_fallback=True)),
+        ("mlp.up", None, INT4 | {"ignore": ["up"]}, {"dtype": "int8"}, None),
+        ("lm_head", None, INT4, None, None),
+        # One that is not quantized follows force_requant likewise.
+        ("mlp.up", None, FORCED, None, LayerConfig(GROUPED)),
+        # A quantized one stays as it is.
+        ("mlp.up", FP8, None, None, STORED),
+        ("mlp.up", FP8, INT4, None, STORED),
+        ("mlp.gate", FP8, None, None, None),
+        ("mlp.up", GPTQ, None, None, LayerConfig(None, allow_fallback=True)),
+        # The input config counts before the checkpoint's, where it means the layer.
+        ("mlp.up", FP8, None, {"dtype": "int8"}, LayerConfig(None, INT8)),
+        ("mlp.up", FP8, None, {"dtype": "bfloat16"}, LayerConfig(None)),
+        ("mlp.up", FP8, None, {"dtype": "int8", "ignore": ["up"]}, STORED),
+        ("mlp.up", FP8, None, {"dtype": "int8", "allow_fallback": True}, LayerConfig(None, INT8, allow_fallback=True)),
+        (
+            "mlp.up",
+            FP8,
+            None,
+            {"dtype": "float8e4m3", "quant_mode": "static_tensor"},
+            LayerConfig(None, parse_format("fp8_e4m3_tensor"), True),
+        ),
+        # Quantized anew: whose input is not quantized unless somebody says so.
+        ("mlp.up", FP8, FORCED, None, LayerConfig(GROUPED)),
+        ("mlp.up", FP8, FORCED, {"dtype": "int8"}, LayerConfig(GROUPED, INT8)),
+        ("mlp.up", FP8, FORCED | {"ignore": ["up"]}, None, STORED),
+        ("mlp.gate", FP8, FORCED, {"dtype": "int8"}, None),
+        # GPT-OSS: experts alone.
+        ("model.layers.0.mlp.experts.gate_up_proj", GPT_OSS, None, None, LayerConfig(None, allow_fallback=True)),
+        ("model.layers.0.mlp.experts", GPT_OSS, FORCED, None, LayerConfig(GROUPED)),
+        ("model.layers.0.mlp.router", GPT_OSS, None, None, None),
+        ("model.layers.0.mlp.router", GPT_OSS, FORCED, None, None),
+        ("model.layers.0.self_attn.q_proj", GPT_OSS, None, {"dtype": "int8"}, None),
+        # An online config of the same element is no such checkpoint.
+        ("mlp.up", None, {"dtype": "float4e2m1", "group_size": 32, "scale_dtype": "float8e8m0"}, None, LayerConfig(parse_format("mxfp4"))),
+    ],
+    ids=str,
+)
+def test_resolve(layer, checkpoint, weight, x, expected):
+    config = read_config(weight, x)
+    assert resolve(layer, checkpoint, config) == expected
+    assert config == read_config(weight, x)  # nothing is changed
+    if checkpoint is None:
+        assert config.layer(layer) == expected
+
+
+def test_resolve_in_the_models_dtype():
+    assert resolve("up", FP8, read_config(FORCED), torch.float16).weight == parse_format("int4_g128_fp16")
+
+
+def test_a_checkpoints_own_config(tmp_path):
+    """read_config of a quantized checkpoint says what its layers are, for weights that stay as they are."""
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "quantization_config": FP8[1]}))
+    for value in (FP8[1], tmp_path / "config.json", json.dumps(FP8[1])):
+        config = read_config(value)
+        assert config == QuantConfig(checkpoint=FP8)
+        assert config.layer("mlp.up") == STORED and config.layer("mlp.gate") is None
+    assert read_config(FP8[1], {"dtype": "int8"}).layer("mlp.up") == LayerConfig(None, INT8)
+    with pytest.raises(NotImplementedError, match="aqlm"):
+        read_config({"quant_method": "aqlm"})
+    with pytest.raises(ValueError, match=r"^quantize_: the config is that of a checkpoint that is quantized already \(fp8\)"):
+        quantize_(torch.nn.Sequential(torch.nn.Linear(64, 16)), FP8[1])
 
 
 @pytest.fixture
@@ -217,6 +298,9 @@ def test_all_variables_together(variables, tmp_path):
     "name, value, error, message, reader",
     [
         ("FAST_ONLINE_QUANT_CONFIG", '{"dtyp": 1}', ValueError, "^FAST_ONLINE_QUANT_CONFIG: .*dtyp", "quant_config"),
+        ("FAST_ONLINE_QUANT_CONFIG", '{"quant_method": "fp8"}', ValueError, "^FAST_ONLINE_QUANT_CONFIG: .*'fp8': what a", "quant_config"),
+        ("FAST_ONLINE_QUANT_CONFIG", '{"quant_method": "aqlm"}', NotImplementedError, "^FAST_ONLINE_QUANT_CONFIG: .*aqlm", "quant_config"),
+        ("FAST_INPUT_QUANT_CONFIG", '{"quant_method": "fp8"}', ValueError, "^FAST_INPUT_QUANT_CONFIG: .*'quant_method'", "quant_config"),
         ("FAST_INPUT_QUANT_CONFIG", "none.json", FileNotFoundError, "^FAST_INPUT_QUANT_CONFIG: .*none.json", "quant_config"),
         ("VLLM_HUMMING_USE_F16_ACCUM", "maybe", ValueError, "'maybe', expected 0 or 1", "f16_accum"),
         ("FAST_MOE_GEMM_TYPE", "grupped", ValueError, "'grupped', expected one of indexed", "gemm_type"),

@@ -11,8 +11,9 @@ from torch import nn
 import fast
 import ref
 
+from .experts import FusedExperts
 from .linear import Linear
-from .online import quantize_
+from .online import CONVERTERS, quantize_
 
 INT4 = {"dtype": "int4", "group_size": 32}
 
@@ -64,6 +65,61 @@ def test_each_layer_is_freed_before_the_next():
         patch.setattr("fast.layers.online.quantize", watched)
         quantize_(model, INT4)
     assert seen == [3, 2, 1] and not any(weight() is not None for weight in weights)
+
+
+class Experts(nn.Module):
+    """A layer that quantize_ does not know by itself, with an nn.Linear inside that it must not find."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Parameter(torch.randn(2, 24, 32)), nn.Parameter(torch.randn(2, 32, 12))
+        self.norm = nn.Linear(32, 32)
+
+
+def converted(module, chosen):
+    return FusedExperts(fast.quantize(module.first, chosen.weight), fast.quantize(module.second, chosen.weight), x_format=chosen.x_format)
+
+
+@pytest.fixture
+def experts_are_known(monkeypatch):
+    monkeypatch.setattr("fast.layers.online.CONVERTERS", [*CONVERTERS, (lambda module: type(module) is Experts, converted)])
+
+
+def test_other_modules(experts_are_known):
+    model = nn.ModuleDict({"mlp": nn.ModuleList([nn.Linear(32, 8), Experts()])})
+    plain = copy.deepcopy(model)
+    quantize_(model, {"dtype": "int4", "group_size": 32, "dynamic": {"+:mlp.1": {"dtype": "int8"}}}, {"dtype": "int8"})
+    experts = model["mlp"][1]
+    assert type(model["mlp"][0]) is Linear and type(experts) is FusedExperts and str(experts.x_format) == "int8"
+    assert ref.equal(experts.w13.weight, fast.quantize(plain["mlp"][1].first, "int8_g32"))
+    quantize_(plain, INT4 | {"ignore": ["mlp.1"]})
+    assert type(plain["mlp"][1]) is Experts and type(plain["mlp"][1].norm) is nn.Linear
+    plain["mlp"][1].second.data[0, 1, 2] = torch.inf
+    with pytest.raises(ValueError, match=r"^quantize_: mlp\.1: quantize: .*inf"):
+        quantize_(plain, INT4)
+    with pytest.raises(ValueError, match="the model is itself a Experts"):
+        quantize_(Experts(), INT4)
+
+
+def test_a_converter_that_refuses_is_named(monkeypatch):
+    def refuse(module, chosen):
+        raise NotImplementedError("no such gate")
+
+    monkeypatch.setattr("fast.layers.online.CONVERTERS", [*CONVERTERS, (lambda module: type(module) is Experts, refuse)])
+    with pytest.raises(NotImplementedError, match=r"^quantize_: experts: no such gate"):
+        quantize_(nn.ModuleDict({"experts": Experts()}), INT4)
+
+
+def test_a_layer_in_several_places_stays_one():
+    layer = nn.Linear(32, 32)
+    model = nn.ModuleDict({"a": layer, "b": layer, "c": nn.Sequential(layer)})
+    quantize_(model, INT4)
+    assert type(model["a"]) is Linear and model["a"] is model["b"] is model["c"][0]
+
+
+def test_a_model_that_is_a_layer():
+    with pytest.raises(ValueError, match=r"^quantize_: the model is itself a Linear, .*torch\.nn\.Sequential\(model\) is one"):
+        quantize_(nn.Linear(32, 8), INT4)
 
 
 def test_moves_casts_copies_and_states():

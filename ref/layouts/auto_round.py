@@ -67,7 +67,7 @@ def options(config, layer):
     """
     check_keys(config, KEYS, WHERE)
     one_of(config.get("quant_method", "auto-round"), METHODS, f"{WHERE}: quant_method")
-    settings = {key: config.get(key) for key in SCHEME} | _extra(config, layer)
+    settings = settings_of(config, layer)
     bits = integer(settings["bits"], f"{WHERE}: bits", 1, 32)
     if bits >= 16:
         return None
@@ -179,6 +179,11 @@ def config_of(q, packing_format=None):
         return config | {"data_type": "mx_fp" if kind == "mxfp" else "nv_fp", "packing_format": "auto_round:llm_compressor"}
     size = {(0, 0): 0, (1, 0): -1}.get(fmt.group, list(fmt.group) if fmt.group[0] > 1 else fmt.group[1])
     return config | {"data_type": "fp", "group_size": size, "fmt": str(fmt.element), "packing_format": "auto_round:fp8"}
+
+
+def settings_of(config, layer):
+    """The keys of SCHEME for a layer, those of extra_config above the common ones; None where nothing is said."""
+    return {key: config.get(key) for key in SCHEME} | _extra(config, layer)
 
 
 def _extra(config, layer):

@@ -75,6 +75,14 @@ class Checkpoint:
                 raise ValueError(f"{self.layout}: the config leaves the layer unquantized, but {next(iter(names.values()))} is stored")
             return self._module.read({part: self._tensors.load(name) for part, name in names.items()}, options)
 
+    def parts(self, layer):
+        """{part: tensor name} of a quantized layer, those of its input's scales among them."""
+        return dict(self._parts[layer])
+
+    def shape(self, name):
+        """The shape of a tensor as it is stored, of any name."""
+        return self._tensors.shape[name]
+
     def nbytes(self, name):
         """Bytes that a quantized layer's tensors, or the one tensor of this name, take in their files."""
         return sum(self._tensors.nbytes[part] for part in self._parts.get(name, {name: name}).values())
@@ -93,17 +101,18 @@ class Checkpoint:
 class Tensors:
     """The tensors of safetensors files, by name, each read when it is asked for.
 
-    file: {name: path}. nbytes: {name: bytes in the file}. metadata: {key: text} of all headers.
+    file: {name: path}. nbytes: {name: bytes in the file}. shape: {name: tuple}. metadata: {key: text} of all headers.
     """
 
     def __init__(self, paths):
-        self.file, self.nbytes, self.metadata = {}, {}, {}
+        self.file, self.nbytes, self.shape, self.metadata = {}, {}, {}, {}
         self._handles, self._read = {}, 0
         for path in paths:
             entries, metadata = header(path)
             self.metadata |= metadata
             _add(self.file, path, entries)
             self.nbytes |= {name: entry["data_offsets"][1] - entry["data_offsets"][0] for name, entry in entries.items()}
+            self.shape |= {name: tuple(entry["shape"]) for name, entry in entries.items()}
 
     def load(self, name):
         path = self.file[name]
@@ -120,11 +129,12 @@ class Blocks:
     """The tensors of GGUF files: as Tensors."""
 
     def __init__(self, paths):
-        self.file, self.nbytes = {}, {}
+        self.file, self.nbytes, self.shape = {}, {}, {}
         self._files = {path: gguf_file.open_file(path) for path in paths}
         for path, file in self._files.items():
             _add(self.file, path, file.tensors)
             self.nbytes |= {name: tensor.nbytes for name, tensor in file.tensors.items()}
+            self.shape |= {name: tuple(tensor.shape) for name, tensor in file.tensors.items()}
 
     def config(self):
         """What says how each tensor is quantized, as other checkpoints' config.json does."""
@@ -163,7 +173,7 @@ def open_checkpoint(path, layouts):
     if path.endswith(PICKLED):
         raise ValueError(f"{path}: is a pickled file, and nothing is unpickled; expected safetensors or GGUF")
     if os.path.isdir(path):
-        folder, tensors = path, _directory(path)
+        folder, tensors = path, directory(path)
     elif not os.path.isfile(path):
         raise FileNotFoundError(f"{path}: there is no such file or directory")
     elif path.endswith(".gguf"):
@@ -192,7 +202,7 @@ def _shards(folder, files):
     return [os.path.join(folder, file) for file in sorted(found, key=natural)]
 
 
-def _directory(folder):
+def directory(folder):
     """The tensors of a directory: those of its index, or of model.safetensors, or of all .safetensors files."""
     there = sorted(entry for entry in os.listdir(folder) if entry.endswith(".safetensors"))
     index = os.path.join(folder, INDEX)

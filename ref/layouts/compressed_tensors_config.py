@@ -57,6 +57,23 @@ def options(config, layer):
 
     Source: compressed_tensors 0.20.0: quant_config, quant_scheme, quant_args, utils/match, compressors/format, transform.
     """
+    group = scheme(config, layer)
+    if group is None or group.get("weights") is None:
+        return None
+    found = arguments(group["weights"], f"{HERE}: weights of {layer}")
+    name = _format(config, group, found)
+    if name in DENSE:
+        return None
+    hadamard = rotation(config.get("transform_config"), layer)
+    return {"format": name, **found, "packing": packing(config.get("version")), "hadamard": hadamard}
+
+
+def scheme(config, layer):
+    """The config group of a layer (targets, weights, input_activations, ...), as the config has it; None where no group or ignore means it.
+
+    Raises:
+        ValueError, NotImplementedError: as options.
+    """
     check_keys(config, KEYS, HERE)
     one_of(config.get("quant_method", "compressed-tensors"), ("compressed-tensors", "sparseml"), f"{HERE}: quant_method")
     check_sparsity(config.get("sparsity_config"))
@@ -69,15 +86,7 @@ def options(config, layer):
             if schemes.setdefault(target, group) != group:
                 raise ValueError(f"{HERE}: config_groups have the target {target!r} twice, with different schemes")
     ignore = strings(config.get("ignore"), f"{HERE}: ignore")
-    group = None if _fits(layer, ignore) else _scheme(layer, schemes)
-    if group is None or group.get("weights") is None:
-        return None
-    found = arguments(group["weights"], f"{HERE}: weights of {layer}")
-    name = _format(config, group, found)
-    if name in DENSE:
-        return None
-    hadamard = rotation(config.get("transform_config"), layer)
-    return {"format": name, **found, "packing": packing(config.get("version")), "hadamard": hadamard}
+    return None if _fits(layer, ignore) else _scheme(layer, schemes)
 
 
 def arguments(args, where):

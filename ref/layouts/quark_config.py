@@ -66,8 +66,8 @@ def options(config, layer):
     return {"spec": stages, "pack_method": pack_method}
 
 
-def stages_of(config, layer):
-    """The weight's stages, as the config has them, or None."""
+def stages_of(config, layer, tensor="weight"):
+    """The stages of a layer's weight (or "input_tensors"), as the config has them, or None."""
     check_keys(config, KEYS, "quark: quantization_config")
     where, chosen = "global_quant_config", config.get("global_quant_config")
     by_type = config.get("layer_type_quant_config")
@@ -84,17 +84,17 @@ def stages_of(config, layer):
     if rules.by_glob(layer, rules.strings(config.get("exclude"), "quark: exclude")) is not None or chosen is None:
         return None
     check_keys(chosen, LAYER_KEYS, f"quark: {where}")
-    weight = chosen.get("weight")
-    if weight is None:
+    said = chosen.get(tensor)
+    if said is None:
         return None
-    stages = weight if isinstance(weight, list) else [weight]
+    stages = said if isinstance(said, list) else [said]
     if len(stages) not in (1, 2):
-        raise ValueError(f"quark: {where}.weight has {len(stages)} stages, expected one or two")
+        raise ValueError(f"quark: {where}.{tensor} has {len(stages)} stages, expected one or two")
     for stage in stages:
-        check_keys(stage, STAGE_KEYS, f"quark: {where}.weight")
+        check_keys(stage, STAGE_KEYS, f"quark: {where}.{tensor}")
         if not isinstance(stage.get("dtype"), str):
             raise ValueError(
-                f"quark: {where}.weight has dtype {stage.get('dtype')!r}, expected one of {', '.join((*INTEGERS, *FLOATS, 'mx'))}"
+                f"quark: {where}.{tensor} has dtype {stage.get('dtype')!r}, expected one of {', '.join((*INTEGERS, *FLOATS, 'mx'))}"
             )
     return stages
 

@@ -89,10 +89,22 @@ def options(config, layer):
     metadata = config.get("_metadata") or {}
     if not isinstance(metadata, dict):
         raise ValueError(f"{where}: _metadata is {type(metadata).__name__}, expected a dict")
-    skipped = rules.strings(config.get("modules_to_not_convert"), f"{where}: modules_to_not_convert")
     for name in (f"{layer}.weight", layer):
         if name in metadata:
             return _of_metadata(metadata[name], name)
+    found = kind_of(config, layer)
+    if found is None:
+        return None
+    kind, data = found
+    if kind not in CONFIGS:
+        raise _unknown(kind, CONFIGS, f"{where}: quant_type")
+    return _of_config(kind, data, f"{where}: {kind}")
+
+
+def kind_of(config, layer):
+    """(class, fields) of the config that quant_type has for a layer; None where it leaves the layer alone."""
+    where = "torchao: quantization_config"
+    skipped = rules.strings(config.get("modules_to_not_convert"), f"{where}: modules_to_not_convert")
     quant_type = config.get("quant_type")
     if isinstance(quant_type, str):
         raise NotImplementedError(
@@ -107,9 +119,7 @@ def options(config, layer):
         if entry is None:
             return None
         kind, data = _typed(entry, f"{where}: {kind}")
-    if kind not in CONFIGS:
-        raise _unknown(kind, CONFIGS, f"{where}: quant_type")
-    return _of_config(kind, data, f"{where}: {kind}")
+    return kind, data
 
 
 def _of_metadata(entry, name):
