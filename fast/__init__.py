@@ -8,8 +8,9 @@ torch.Size([3, 64])
 
 import importlib
 
-from .dispatch import IMPLEMENTATIONS, Prepared, prepare
+from .dispatch import Prepared, prepare
 from .eager import dequantize
+from .explain import explain
 from .hadamard import hadamard
 from .linear import linear, why_not
 from .moe import (
@@ -35,6 +36,11 @@ from .moe import (
 )
 from .quantize import quantize
 from .quantize_input import quantize_input
+from .registry import IMPLEMENTATIONS as _IMPLEMENTATIONS
+from .registry import Implementation, register, unregister
+
+# What impl= of linear may be, by name: the suite tries each.
+IMPLEMENTATIONS = _IMPLEMENTATIONS["linear"]
 
 # What is promised beyond ref's definition: the suite holds these functions to it.
 VARIANTS = {
@@ -71,13 +77,18 @@ __all__ = [
     "GRAPHS",
     "IMPLEMENTATIONS",
     "VARIANTS",
+    "ExpertsLoader",
+    "FusedExperts",
+    "Implementation",
     "Linear",
+    "LinearLoader",
     "Prepared",
     "Stack",
     "batched_moe_align_block_size",
     "dequantize",
     "estimate_local_valid_shape_m",
     "expert_map",
+    "explain",
     "fused_experts",
     "fused_topk",
     "get_global_valid_shape_m",
@@ -86,6 +97,7 @@ __all__ = [
     "hash_topk",
     "indexed_linear",
     "linear",
+    "load",
     "masked_linear",
     "moe_activation",
     "moe_align_block_size",
@@ -99,15 +111,25 @@ __all__ = [
     "quantize_",
     "quantize_input",
     "read_config",
+    "register",
     "silu_and_mul",
+    "unregister",
     "why_not",
 ]
 
 # Layers, and with them the readers of configurations, are loaded when they are first asked for.
-_LAYERS = {"Linear": "linear", "quantize_": "online", "read_config": "config"}
+_LAYERS = {
+    "ExpertsLoader": "layers.loader",
+    "FusedExperts": "layers.experts",
+    "Linear": "layers.linear",
+    "LinearLoader": "layers.loader",
+    "load": "hf.load",
+    "quantize_": "layers.online",
+    "read_config": "layers.config",
+}
 
 
 def __getattr__(name):
     if name not in _LAYERS:
         raise AttributeError(f"module 'fast' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"fast.layers.{_LAYERS[name]}"), name)
+    return getattr(importlib.import_module(f"fast.{_LAYERS[name]}"), name)

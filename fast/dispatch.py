@@ -1,6 +1,5 @@
-"""Which implementation runs: the registry, the order of preference, and prepared weights."""
+"""Weights of the linear layer, prepared for the kernels that multiply by them."""
 
-import importlib
 import itertools
 import weakref
 
@@ -9,12 +8,9 @@ import torch
 from ref.format import check_input_format, parse_format
 from ref.qtensor import TENSORS, QTensor, check_parts
 
-from . import rearrange
-from .preference import preference
+from . import choose, rearrange
+from .registry import module_of
 from .request import Request
-
-# Imported when they are first asked for: triton and humming-kernels stay unloaded until then.
-IMPLEMENTATIONS = {"torch": "fast.eager", "triton": "fast.triton", "humming": "fast.humming", "cublas": "fast.cublas"}
 
 X_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -40,6 +36,7 @@ class Prepared:
         self.device = q.packed.device
         self.group_index = q.group_index is not None
         self.kinds = {}
+        # What implementations made of q by (implementation, request): plans, or sentences why not.
         self.made = {}
         self.number = next(_NUMBERS)
         PREPARED_BY_NUMBER[self.number] = self
@@ -83,21 +80,15 @@ class Prepared:
         if self.q is None:
             call = f"{describe(self.request(kind))} with m up to {2**bucket}"
             raise NotImplementedError(f"linear: {self!r} was prepared for other calls than {call}: prepare the QTensor for this one, too")
-        request, impl = self.request(kind), kind[2]
-        reasons = []
-        for name in [impl] if impl is not None else preference(request, bucket):
-            reason = refusal(name, request)
-            if reason is None:
-                try:
-                    if (name, request) not in self.made:
-                        self.made[name, request] = _prepare(name, self.q, request)
-                    return self.made[name, request]
-                except NotImplementedError as error:
-                    reason = str(error)
-            reasons.append(NotImplementedError(f"linear: impl {name!r} cannot run {describe(request)}: {reason}"))
-        if len(reasons) == 1:
-            raise reasons[0]
-        raise ExceptionGroup(f"linear: no implementation can run {describe(request)}", reasons)
+        request = self.request(kind)
+
+        def make(implementation):
+            reason = refusal(implementation, request)
+            if reason is not None:
+                raise NotImplementedError(reason)
+            return choose.once(self.made, (implementation, request), lambda: _prepare(implementation, self.q, request))
+
+        return choose.plan("linear", kind[2], request, 2**bucket, make, "linear", describe(request))
 
     def request(self, kind):
         x_dtype, x_format, _, deterministic, no_bias, dynamic = kind
@@ -105,33 +96,18 @@ class Prepared:
         return Request(self.format, self.shape, x_dtype, self.device, x_format, not dynamic, deterministic, not no_bias, self.group_index)
 
 
-def implementation(name):
-    """The module of an implementation.
-
-    Raises:
-        ValueError: there is none of this name.
-    """
-    if name not in IMPLEMENTATIONS:
-        raise ValueError(f"linear: unknown impl {name!r}, expected one of {', '.join(IMPLEMENTATIONS)}")
-    return importlib.import_module(IMPLEMENTATIONS[name])
-
-
-def refusal(name, request):
-    """Why an implementation cannot do what is requested, as a sentence; None if it can. The weight's data may still refuse."""
-    module = implementation(name)
-    if _takes_as_is(name, request):
+def refusal(implementation, request):
+    """Why an Implementation cannot do what is requested, as a sentence; None if it can. The weight's data may still refuse."""
+    module = module_of(implementation)
+    if implementation.as_is or not rearrange.needed(request):
         return module.why_not(request)
     return rearrange.why_not(request) or module.why_not(rearrange.plain(request))
 
 
-def _prepare(name, q, request):
-    module = implementation(name)
-    return module.prepare(q, request) if _takes_as_is(name, request) else rearrange.prepare(module, q, request)
-
-
-def _takes_as_is(name, request):
-    """Plain torch reads columns in any order; for the kernels a rotation and a group index are taken over by x."""
-    return name == "torch" or not rearrange.needed(request)
+def _prepare(implementation, q, request):
+    module = module_of(implementation)
+    as_is = implementation.as_is or not rearrange.needed(request)
+    return module.prepare(q, request) if as_is else rearrange.prepare(module, q, request)
 
 
 def describe(request):
@@ -216,5 +192,4 @@ def prepare(w, *, x_dtype=torch.bfloat16, x_format=None, static_scale=False, bia
     for bucket in buckets:
         _warm_up(prepared.plan(kind, bucket), prepared, kind, min(2**bucket, WARM_UP_ROWS))
     prepared.q = None
-    prepared.made.clear()
     return prepared

@@ -4,7 +4,8 @@ import torch
 
 from ref.qtensor import QTensor
 
-from .dispatch import X_DTYPES, Prepared, bucket_of, call_kind, describe, implementation, refusal, remember
+from .dispatch import X_DTYPES, Prepared, bucket_of, call_kind, describe, refusal, remember
+from .registry import find
 
 NO_GRADIENT = "linear: x requires a gradient, and quantized weights are for inference: call under torch.no_grad()"
 
@@ -21,7 +22,8 @@ def linear(x, w, bias=None, *, x_format=None, x_scale=None, impl=None, determini
         bias: (n,), any float dtype, or None.
         x_format: None, or the format that x is quantized to first, as int8_token.
         x_scale: the static scale of x_format, a tensor with one value.
-        impl: None for the fastest that can, or "torch", "triton", "humming" or "cublas", which never falls back.
+        impl: None for the fastest that can, or for what FAST_IMPL pins; or "torch", "triton", "humming", "cublas" or another that is
+            registered, which never falls back.
         deterministic: the same bits on every run, rounded once. False lets a backend add partial sums in x's dtype and in
             any order.
         out: None, or where to write: (..., n), contiguous, dtype and device of x.
@@ -82,7 +84,7 @@ def why_not(op, x, *args, impl, **given):
 
 
 def _why_not(x, w, bias=None, *, x_format=None, x_scale=None, impl, deterministic=True):
-    implementation(impl)
+    implementation = find("linear", impl)
     if not isinstance(w, (QTensor, Prepared)):
         _check_plain(x, w)
         if x_format is None and x_scale is None and impl == "torch":
@@ -92,7 +94,7 @@ def _why_not(x, w, bias=None, *, x_format=None, x_scale=None, impl, deterministi
     kind = call_kind(x, bias, x_format, x_scale, impl, deterministic)
     prepared.open(kind, x_scale)
     request = prepared.request(kind)
-    reason = refusal(impl, request)
+    reason = refusal(implementation, request)
     return None if reason is None else f"{describe(request)}: {reason}"
 
 

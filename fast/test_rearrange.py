@@ -101,12 +101,12 @@ def test_refusals():
 
 
 def test_every_implementation_is_asked_about_the_rearranged_weight(monkeypatch):
-    from fast import dispatch, humming
+    from fast import dispatch, humming, registry
 
     asked = []
     monkeypatch.setattr(humming, "why_not", lambda request: asked.append(request))
     request = Request(parse_format("int4_g128_bf16_h64"), (64, 256), BF16, torch.device("cuda", 0), group_index=True)
-    assert dispatch.refusal("humming", request) is None
+    assert dispatch.refusal(registry.find("linear", "humming"), request) is None
     assert asked == [replace(request, format=parse_format("int4_g128_bf16"), group_index=False)]
 
 

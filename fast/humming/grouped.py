@@ -28,6 +28,8 @@ def why_not(request):
         return "it can build a bias into weights without a second scale, for 16-bit activations, and would else add it after rounding"
     if request.group_index or fmt.hadamard:
         return "its experts' columns are neither reordered nor rotated"
+    if request.weighed:
+        return "it applies a router's weight to nothing before the result has been rounded"
     reason = rules(replace(request, bias=False))
     if reason is None and torch.cuda.get_device_capability(request.device) != CAPABILITY:
         return "its tiles for experts are chosen for compute capability 9.0"

@@ -3,7 +3,7 @@
 import importlib.util
 import os
 
-from ..dispatch import IMPLEMENTATIONS
+from ..registry import is_known
 
 
 def choose(operation, impl, device, has=("triton", "torch")):
@@ -19,7 +19,7 @@ def choose(operation, impl, device, has=("triton", "torch")):
     if impl is None:
         fits = "triton" in has and device.type == "cuda" and importlib.util.find_spec("triton") is not None
         return "triton" if fits else "torch"
-    if impl not in IMPLEMENTATIONS:
+    if not is_known(impl):
         raise ValueError(f"{operation}: unknown impl {impl!r}, expected one of {', '.join(has)}")
     if impl not in has:
         raise NotImplementedError(f"{operation}: there is no impl {impl!r} of it; impl {has[0]!r} can")

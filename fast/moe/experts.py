@@ -10,6 +10,7 @@ from ref.moe.check import ACTIVATIONS, check_activation
 from ref.qtensor import QTensor
 
 from ..eager import _round_once
+from ..registry import find
 from .activation import moe_activation
 from .align import moe_align_block_size
 from .choose import check_devices, check_ids
@@ -17,7 +18,7 @@ from .expert_map import estimate_local_valid_shape_m
 from .fused_mul_sum import _result, moe_fused_mul_sum
 from .grouped_linear import _checked, _contiguous, _rows
 from .permute import moe_permute, moe_scatter_masked, moe_unpermute
-from .stack import Stack, block_size_for, implementation, remember
+from .stack import Stack, block_size_for, remember
 from .workspace import Workspaces
 
 GEMM_TYPES = ("auto", "indexed", "grouped_contiguous", "grouped_masked")
@@ -54,8 +55,8 @@ def fused_experts(
         x: (m, h), float16, bfloat16 or float32; any strides.
         w13, w2: QTensors, what prepare_experts returned, or plain tensors. Their tensors must not be written to afterwards.
         topk_ids, expert_map: int32 or int64; ids out of range and a map beyond w13's experts are refused with FAST_DEBUG=1 only.
-        impl: of the products: None for the fastest that can, or "torch", "triton" or "humming", which never falls back; with "torch" and
-            "triton" all the rest is done by the same, with "humming" by Triton.
+        impl: of the products: None for the fastest that can, or for what FAST_IMPL pins; or "torch", "triton", "humming" or another that is
+            registered, which never falls back. With "torch" and "triton" all the rest is done by the same, otherwise by what is fastest.
         gemm_type: how rows come to their experts: "indexed" (the products pick them), "grouped_contiguous" (moved together, expert after
             expert), "grouped_masked" (to planes of m * top_k rows for each expert: for few tokens), or "auto": indexed.
         deterministic: as linear.
@@ -84,7 +85,7 @@ def fused_experts(
     m, t = topk_ids.shape
     y = _result("fused_experts", x, m, second.shape[1], out)
     if impl is not None:
-        implementation("fused_experts", impl)
+        find("grouped", impl, "fused_experts")
     if not (m and t and experts and y.numel()):
         return y.zero_()
     block, plans = plans_for(first, second, (x.dtype, x_format, impl, deterministic), (bias13, bias2), m * t, everywhere)
@@ -96,7 +97,7 @@ def fused_experts(
     if apply_router_weight_on_input:
         x = _round_once(x.double() * topk_weights.double(), x.dtype)
         topk_weights = torch.ones_like(topk_weights, dtype=torch.float32)
-    rest = None if impl == "humming" else impl
+    rest = impl if impl in ("torch", "triton") else None
     layer = Layer(
         plans, block, act, (_contiguous(bias13), _contiguous(bias2)), (first.shape[1], second.shape[2], second.shape[1]), rest, whole
     )

@@ -20,7 +20,8 @@ def grouped_linear(
         w: QTensor (e, n, k), what prepare_experts returned, or a plain tensor. Its tensors must not be written to afterwards.
         expert_first_token_offset: (e + 1,), int32 or int64. Offsets that do not ascend or leave x give an unspecified result, and read
             nothing outside of x and w; with FAST_DEBUG=1 those beyond x are refused.
-        impl: None for the fastest that can, or "torch", "triton" or "humming", which never falls back.
+        impl: None for the fastest that can, or for what FAST_IMPL pins; or "torch", "triton", "humming" or another that is registered,
+            which never falls back.
         deterministic: as linear. "torch" and "triton" always give the same bits, whatever it says.
         out: None, or where to write: (r, n), contiguous.
         The rest, and the result: as ref.grouped_linear.

@@ -2,9 +2,9 @@
 
 from ref.format import parse_format
 
-from ..request import Request
+from ..registry import find, module_of
 from . import choose
-from .stack import describe, refusal, remember
+from .stack import describe, remember
 
 # Operations with a kernel and plain torch.
 OPERATIONS = (
@@ -34,15 +34,15 @@ def why_not(op, x, *args, impl, **given):
 
 
 def _products(op, x, weights, biases, impl, given):
+    module = module_of(find("grouped", impl, op))
     x_format = given.get("x_format")
     x_format = None if x_format is None else parse_format(x_format)
+    dynamic, deterministic = given.get("x_scale") is None, given.get("deterministic", True)
     for w, bias in zip(weights, biases, strict=True):
         stack = remember(w)
-        static, deterministic = given.get("x_scale") is not None, given.get("deterministic", True)
-        request = Request(
-            stack.format, stack.shape, x.dtype, stack.device, x_format, static, deterministic, bias is not None, stack.group_index
-        )
-        reason = refusal(op, impl, request)
+        kind = (x.dtype, x_format, impl, deterministic, bias is None, False, dynamic, None, given.get("topk_weights") is not None)
+        request = stack.request(kind)
+        reason = module.why_not(request)
         if reason is not None:
             return f"{describe(request)}: {reason}"
     return None

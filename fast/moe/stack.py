@@ -1,8 +1,8 @@
 """Stacks of expert weights, prepared for the kernels that multiply by them."""
 
-import importlib
 import itertools
 import weakref
+from dataclasses import replace
 
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
@@ -10,12 +10,10 @@ from torch.utils.weak import WeakIdKeyDictionary
 from ref.format import check_input_format, parse_format
 from ref.qtensor import TENSORS, QTensor, check_parts
 
-from .. import dispatch
+from .. import choose
+from ..registry import module_of
 from ..request import Request
 
-# Each has why_not(request) and prepare(w, request, bias) -> a plan as fast.moe.blocks.ByBlocks describes it. request.shape is (e, n, k), and
-# request.format is None where w is a plain tensor; bias: what every call of the plan brings, or None. Imported when they are first asked for.
-IMPLEMENTATIONS = {"torch": "fast.moe.grouped_eager", "triton": "fast.triton.grouped", "humming": "fast.humming.grouped"}
 X_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # Rows that a block may have; plans are chosen for each.
 BLOCK_SIZES = (16, 32, 64, 128)
@@ -39,7 +37,9 @@ class Stack:
         self.group_index = self.quantized and w.group_index is not None
         # The first bias that came, which kernels may build into the weights; calls with another, or after it was written to, are of another kind.
         self.bias, self.version = None, 0
-        self.kinds, self.made = {}, {}
+        self.kinds = {}
+        # What implementations made of w by (implementation, request, whether without a bias built in): plans, or sentences why not.
+        self.made = {}
         self.number = next(_NUMBERS)
         BY_NUMBER[self.number] = self
 
@@ -53,30 +53,31 @@ class Stack:
             TypeError, ValueError: an x_format that cannot be, or no such impl.
             NotImplementedError, ExceptionGroup: no implementation can do it.
         """
-        block = block_size_for(rows)
         if self.bias is None and bias is not None:
             self.bias, self.version = bias.detach(), _version(bias)
-        own = bias is not None and _same(bias, self.bias) and _version(bias) == self.version
-        kind = (x_dtype, x_format, impl, deterministic, bias is None, own, x_scale is None, block, weighed)
+        own = self.owns(bias)
+        kind = (x_dtype, x_format, impl, deterministic, bias is None, own, x_scale is None, block_size_for(rows), weighed)
         plan = self.kinds.get(kind)
         if plan is None:
-            parsed = None if x_format is None else parse_format(x_format)
-            self._check_input(operation, parsed, x_scale)
-            request = Request(
-                self.format,
-                self.shape,
-                x_dtype,
-                self.device,
-                parsed,
-                x_scale is not None,
-                deterministic,
-                bias is not None,
-                self.group_index,
-            )
-            plan = self.kinds[kind] = self._make(operation, request, impl, weighed, self.bias if own else None)
+            parsed = (x_dtype, None if x_format is None else parse_format(x_format), *kind[2:])
+            if parsed not in self.kinds:
+                self.check_input(operation, parsed[1], x_scale)
+                self.kinds[parsed] = self._make(operation, parsed)
+            plan = self.kinds[kind] = self.kinds[parsed]
         return plan
 
-    def _check_input(self, operation, x_format, x_scale):
+    def owns(self, bias):
+        """Whether a bias is the one that kernels may have built into the weights."""
+        return bias is not None and _same(bias, self.bias) and _version(bias) == self.version
+
+    def request(self, kind):
+        """The Request of a kind of call; x_format is a Format."""
+        x_dtype, x_format, _, deterministic, no_bias, _, dynamic, _, weighed = kind
+        return Request(
+            self.format, self.shape, x_dtype, self.device, x_format, not dynamic, deterministic, not no_bias, self.group_index, weighed
+        )  # fmt: skip
+
+    def check_input(self, operation, x_format, x_scale):
         if x_format is None:
             if x_scale is not None:
                 raise ValueError(f"{operation}: got x_scale without x_format")
@@ -87,29 +88,25 @@ class Stack:
                 f"{operation}: k={self.shape[2]} is no multiple of the rotation's block {x_format.hadamard} in x_format={x_format}"
             )
 
-    def _make(self, operation, request, impl, weighed, bias):
+    def _make(self, operation, kind):
+        request, own = self.request(kind), kind[5]
         if self.w is None:
             other = " with this bias" if request.bias else ""
             raise NotImplementedError(
                 f"{operation}: {self!r} was prepared for other calls than {describe(request)}{other}: prepare it for this one, too"
             )
-        reasons = []
-        # Humming has no place for a router's weights.
-        order = [name for name in preference(request) if not (weighed and name == "humming")]
-        for name in [impl] if impl is not None else order:
-            reason = refusal(operation, name, request)
-            if reason is None:
-                try:
-                    made = name, request, bias is None
-                    if made not in self.made:
-                        self.made[made] = implementation(operation, name).prepare(self.w, request, bias)
-                    return self.made[made]
-                except NotImplementedError as error:
-                    reason = str(error)
-            reasons.append(NotImplementedError(f"{operation}: impl {name!r} cannot run {describe(request)}: {reason}"))
-        if len(reasons) == 1:
-            raise reasons[0]
-        raise ExceptionGroup(f"{operation}: no implementation can run {describe(request)}", reasons)
+        # Whoever takes a router's weights has the same plan with and without.
+        plain = replace(request, weighed=False)
+
+        def make(implementation):
+            module = module_of(implementation)
+            reason = module.why_not(request)
+            if reason is not None:
+                raise NotImplementedError(reason)
+            key = implementation, plain, not own
+            return choose.once(self.made, key, lambda: module.prepare(self.w, plain, self.bias if own else None))
+
+        return choose.plan("grouped", kind[2], request, kind[7], make, operation, describe(request))
 
 
 def _same(a, b):
@@ -122,33 +119,9 @@ def _version(t):
     return 0 if t.is_inference() else t._version
 
 
-def preference(request):
-    """Names of implementations, fastest first, as measured on one H200 (conformance.bench_moe): where Humming takes a format, it has the better tiles."""
-    return ["humming", "triton", "torch"] if request.device.type == "cuda" else ["torch"]
-
-
 def block_size_for(rows):
     """The least block that holds so many rows of an expert, or the largest there is."""
     return next((block for block in BLOCK_SIZES if rows <= block), BLOCK_SIZES[-1])
-
-
-def implementation(operation, name):
-    """The module of an implementation.
-
-    Raises:
-        ValueError: there is none of this name. NotImplementedError: there is, but not of this operation.
-    """
-    if name not in IMPLEMENTATIONS:
-        legal = f"expected one of {', '.join(IMPLEMENTATIONS)}"
-        if name in dispatch.IMPLEMENTATIONS:
-            raise NotImplementedError(f"{operation}: there is no impl {name!r} of it; {legal}")
-        raise ValueError(f"{operation}: unknown impl {name!r}, {legal}")
-    return importlib.import_module(IMPLEMENTATIONS[name])
-
-
-def refusal(operation, name, request):
-    """Why an implementation cannot do what is requested, as a sentence; None if it can. The weights' data may still refuse."""
-    return implementation(operation, name).why_not(request)
 
 
 def describe(request):
@@ -213,5 +186,4 @@ def prepare_experts(w, *, x_dtype=torch.bfloat16, x_format=None, static_scale=Fa
             block,
         )
     stack.w = None
-    stack.made.clear()
     return stack
