@@ -5,6 +5,7 @@ call. It imports without its package; its functions then raise NotImplementedErr
 take is refused by a sentence, too; what it takes and gets wrong is not hidden. FORMATS: what is worth asking of it, for --formats.
 """
 
+import contextlib
 import functools
 import importlib
 import importlib.metadata
@@ -14,6 +15,8 @@ import torch
 
 from ref.pack import unpack
 from ref.qtensor import TENSORS, QTensor
+
+REDUCTIONS = ("allow_fp16_reduced_precision_reduction", "allow_bf16_reduced_precision_reduction")
 
 
 def package(module, distribution=None):
@@ -82,6 +85,32 @@ def need(condition, reason):
     """NotImplementedError(reason) unless the condition holds."""
     if not condition:
         raise NotImplementedError(reason)
+
+
+def aligned(t, size=16):
+    """The same tensor, a copy where it does not begin at a multiple of so many bytes: kernels with vector loads that do not check end the process."""
+    return t.clone() if t.data_ptr() % size else t
+
+
+@contextlib.contextmanager
+def whole_sums(x):
+    """Products of torch on x's device without reduced precision: by default cuBLAS may round the partial sums of a split k to x's dtype.
+
+    That default is torch's and documented (allow_bf16_reduced_precision_reduction); without it what is left is the package's own.
+    """
+    if not x.is_cuda:
+        yield
+        return
+    settings, kept = torch.backends.cuda.matmul, {}
+    for name in REDUCTIONS:
+        whole, split = getattr(settings, name), getattr(settings, f"{name}_split_k", True)
+        kept[name] = whole if split else (whole, split)
+        setattr(settings, name, False)
+    try:
+        yield
+    finally:
+        for name, value in kept.items():
+            setattr(settings, name, value)
 
 
 def plain(q, what):

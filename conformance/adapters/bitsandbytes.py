@@ -1,7 +1,7 @@
 """bitsandbytes on the CPU and on CUDA: NF4 and FP4 by blocks of the flattened weight, and LLM.int8.
 
     dequantize    functional.dequantize_4bit, functional.int8_vectorwise_dequant (float32)
-    linear        matmul_4bit; without x's quantization LLM.int8 has no product
+    linear        matmul_4bit; without x's quantization LLM.int8 has no product; sums of k whole (whole_sums)
 
 Source: bitsandbytes 0.50.2: functional.py, autograd/_functions.py, backends/.
 """
@@ -10,7 +10,7 @@ import torch
 
 from ref.layouts import bitsandbytes as layout
 
-from . import need, package, plain, version_of, written
+from . import aligned, need, package, plain, version_of, whole_sums, written
 
 __version__ = version_of("bitsandbytes")
 
@@ -40,7 +40,11 @@ def linear(x, w, bias=None, *, x_format=None, x_scale=None):
     data, state = _four_bits(functional, w, x.dtype)
     # torch.nn.functional.linear adds the bias to a rounded result where x has three axes and is not contiguous.
     rows = x.reshape(-1, x.shape[-1]).contiguous()
-    return package("bitsandbytes").matmul_4bit(rows, data.t(), state, bias=bias).reshape(*x.shape[:-1], w.shape[0])
+    # On CUDA an x that does not start at 16 bytes ends the process, and a bias's stride is ignored (README, findings).
+    if x.is_cuda:
+        rows, bias = aligned(rows), None if bias is None else bias.contiguous()
+    with whole_sums(x):
+        return package("bitsandbytes").matmul_4bit(rows, data.t(), state, bias=bias).reshape(*x.shape[:-1], w.shape[0])
 
 
 def _four_bits(functional, q, dtype):

@@ -5,11 +5,13 @@
     A16W8_MXFP, A16W4_MXFP, A16W4_NVFP                  mxfp8, mxfp4, nvfp4
     A8W8_int8_dynamic, A8W8_fp8_dynamic                 int8 or e4m3 x quantized by token
 
-Not autotuned: each shape has a fixed configuration, so that runs repeat.
+Not autotuned, which leaves one configuration for one or a few tokens, and two for more: each process takes the one that it finds faster for a
+shape. For fewer than 64 tokens one of the two splits k and adds the halves in x's dtype, so that results differ from process to process.
 
 Source: gemlite 0.6.0.post2, helper.py and core.py.
 """
 
+import functools
 from dataclasses import replace
 
 import torch
@@ -45,15 +47,28 @@ DYNAMIC = {Int(8): "A8W8_int8_dynamic", NAMED["e4m3"]: "A8W8_fp8_dynamic"}
 
 def linear(x, w, bias=None, *, x_format=None, x_scale=None):
     need(__version__ is None or x.is_cuda, "gemlite runs on CUDA only")
-    package("gemlite").set_autotune(False)
-    helper = package("gemlite.helper")
+    helper = _helper()
     need(x.dtype in (torch.float16, torch.bfloat16) and x.numel() and w.shape[0], "gemlite takes float16 or bfloat16, and no empty x")
     need(bias is None, "gemlite adds a bias to the rounded result")
     plain(w, "gemlite")
     need(w.format.offset is None and w.shape[1] % COLUMNS == 0, f"gemlite adds no offset, and takes k as a multiple of {COLUMNS}")
     prepare = _weight_only if x_format is None else _dynamic
     layer = prepare(helper, w, x, None if x_format is None else parse_format(x_format))
-    return layer(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], w.shape[0])
+    try:
+        y = layer(x.reshape(-1, x.shape[-1]))
+    except RuntimeError as error:
+        # Triton 3.6 cannot take a product with e4m3 scales apart, which GPUs before Blackwell need (its pull request 9772).
+        refused = w.format.scale == "e4m3" and "PassManager" in str(error)
+        need(not refused, f"Triton compiles no product with e4m3 scales for this GPU: {error}")
+        raise
+    return y.reshape(*x.shape[:-1], w.shape[0])
+
+
+@functools.cache
+def _helper():
+    """gemlite.helper, without autotuning: set once, as setting it makes all kernels anew, which are then compiled and timed again."""
+    package("gemlite").set_autotune(False)
+    return package("gemlite.helper")
 
 
 def _weight_only(helper, w, x, _):

@@ -7,7 +7,8 @@
 
 Weights and x are padded with zeros to the sizes that a kernel takes. Its own output is returned, without the padding.
 
-Source: PyTorch 2.11 and 2.13, aten/src/ATen/native: LinearAlgebra.cpp, cpu/int4mm_kernel.cpp, cpu/int8mm_kernel.cpp, cuda/int4mm.cu.
+Source: PyTorch 2.11 and 2.13, aten/src/ATen/native: LinearAlgebra.cpp, cpu/int4mm_kernel.cpp, cpu/int8mm_kernel.cpp, cuda/int4mm.cu,
+cuda/int8mm.cu, cuda/GroupMM.cu, GroupedMMUtils.h.
 """
 
 import torch
@@ -18,7 +19,7 @@ from ref.format import parse_format
 from ref.layouts.bits import join_nibbles, sign_extended
 from ref.quantize import dequantize
 
-from . import codes_of, exactly, need, padded, plain
+from . import aligned, codes_of, exactly, need, padded, plain
 
 __version__ = torch.__version__
 
@@ -52,6 +53,7 @@ def _int4(x, w):
     both = torch.stack([padded(t, rows=16) for t in _scale_and_zero(w, x.dtype)], -1).transpose(0, 1).contiguous()
     codes, x = padded(codes_of(w), rows=16, columns=gk), padded(x, columns=gk)
     if cuda:
+        x = aligned(x)  # one that does not start at 4 bytes ends the process (README, findings)
         packed = aten._convert_weight_to_int4pack(join_nibbles(codes, high_first=True), TILES)
         return aten._weight_int4pack_mm(x, packed, gk, both)
     return aten._weight_int4pack_mm_for_cpu(x, aten._convert_weight_to_int4pack_for_cpu(codes.int(), 1), gk, both)
@@ -71,10 +73,11 @@ def _int8(x, w):
     fmt = w.format
     need(fmt.element == Int(8) and fmt.group == BY_ROW and fmt.offset is None, f"torch has no product with {fmt}")
     need(w.scale.dtype.is_floating_point, f"_weight_int8pack_mm has scales in x's dtype, not {fmt.scale}")
-    scale = exactly(w.scale[:, 0], x.dtype, "_weight_int8pack_mm's scales")
+    need(len(x) or not x.is_cuda, "_weight_int8pack_mm on CUDA launches an empty grid where there are no tokens, which is an error")
+    scale = exactly(w.scale[:, 0], x.dtype, "_weight_int8pack_mm's scales").contiguous()
     # On a CPU other k, and an x that does not start at 32 bytes, end the process (README, findings).
     codes, x = padded(sign_extended(codes_of(w), 8), columns=AVX512_COLUMNS), padded(x, columns=AVX512_COLUMNS)
-    return torch.ops.aten._weight_int8pack_mm(x.clone() if x.data_ptr() % ALIGNMENT else x, codes, scale)
+    return torch.ops.aten._weight_int8pack_mm(aligned(x, ALIGNMENT), codes, scale)
 
 
 def _scaled(x, w, bias, x_format, x_scale):
@@ -108,14 +111,17 @@ def grouped_linear(x, w, expert_first_token_offset, bias=None, *, x_format=None,
     need(bias is None, "_grouped_mm takes no bias")
     need(x.dtype == torch.bfloat16 or not x.is_cuda, "_grouped_mm on CUDA takes bfloat16")
     need(x_format is None or x.is_cuda, "_scaled_grouped_mm takes CUDA tensors")
-    (n, _), offsets = w.shape[1:], expert_first_token_offset[1:].int()
+    # On CUDA the stride of offsets is ignored (README, findings), and x has to begin at 16 bytes, as torch says.
+    (n, _), offsets = w.shape[1:], expert_first_token_offset[1:].int().contiguous()
     if x_format is None:
-        y = torch._grouped_mm(padded(x, columns=16).contiguous(), padded(dequantize(w, x.dtype), 16, 16).mT, offs=offsets)
+        rows = padded(x, columns=16).contiguous()
+        rows = aligned(rows) if x.is_cuda else rows
+        y = torch._grouped_mm(rows, padded(dequantize(w, x.dtype), 16, 16).mT, offs=offsets)
     else:
         a, a_scale = _float8(quantize_input(x, x_format, x_scale), "x")
         b, b_scale = _float8(w, "a weight")
         need(a.dtype == b.dtype == torch.float8_e4m3fn, "_scaled_grouped_mm multiplies e4m3 by e4m3")
-        a_scale, b_scale = a_scale.expand(len(a), 1).reshape(-1), padded(b_scale.expand(-1, n, 1), rows=16)[..., 0].contiguous()
+        a_scale, b_scale = a_scale.expand(len(a), 1)[:, 0].contiguous(), padded(b_scale.expand(-1, n, 1), rows=16)[..., 0].contiguous()
         a, b = (padded(t.view(torch.uint8), rows, 16).view(t.dtype) for t, rows in ((a, 1), (b, 16)))
         y = torch._scaled_grouped_mm(a, b.mT, a_scale, b_scale, offs=offsets, out_dtype=x.dtype)
     y = y[:, :n].contiguous()

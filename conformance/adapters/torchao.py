@@ -1,7 +1,7 @@
 """torchao's tensor subclasses, made as torchao's own loader makes them from a checkpoint, on the CPU and on CUDA.
 
     dequantize    the subclass's dequantize (to_dtype of MXTensor and NVFP4Tensor)
-    linear        torch.nn.functional.linear(x, subclass), weights only
+    linear        torch.nn.functional.linear(x, subclass), weights only; sums of k whole (whole_sums)
 
 Source: torchao 0.18.0: prototype/safetensors, quantization/quantize_/workflows, prototype/mx_formats.
 """
@@ -12,7 +12,7 @@ import torch
 
 from ref.layouts import torchao as layout
 
-from . import need, package, plain, version_of, written
+from . import need, package, plain, version_of, whole_sums, written
 
 __version__ = version_of("torchao")
 
@@ -37,7 +37,8 @@ def linear(x, w, bias=None, *, x_format=None, x_scale=None):
     need(kind != "MXTensor", "torchao multiplies MXTensor by quantized x only")
     need(kind != "Int4Tensor" or importlib.util.find_spec("mslk"), "torchao multiplies Int4Tensor by kernels of mslk: pip install mslk")
     need(bias is None or kind not in ADDS_LATER, f"torchao adds the bias of {kind} to the rounded result")
-    return torch.nn.functional.linear(rows, weight, bias).reshape(*x.shape[:-1], w.shape[0])
+    with whole_sums(x):
+        return torch.nn.functional.linear(rows, weight, bias).reshape(*x.shape[:-1], w.shape[0])
 
 
 def _tensor(q, dtype):
