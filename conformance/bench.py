@@ -59,7 +59,7 @@ def table(cells, x_format):
         share = f"{100 * floor / us[FAST][0]:.0f} %" if FAST in us else "-"
         ratio = f"{us[FAST][0] / us[DEFAULT][0]:.2f}" if FAST in us and DEFAULT in us else "-"
         rows.append((f"{cell['n']} x {cell['k']}", cell["m"], *times, f"{floor:.1f}", share, ratio))
-    text = _markdown(("n x k", "m", *(f"{name}, us" for name in columns), "floor, us", "share of floor", "fast / Humming"), rows)
+    text = markdown(("n x k", "m", *(f"{name}, us" for name in columns), "floor, us", "share of floor", "fast / Humming"), rows)
     noise = [abs(c["us"][AGAIN][0] / c["us"][FAST][0] - 1) for c in cells if AGAIN in c["us"] and FAST in c["us"]]
     if noise:
         text += f"\n\nThe noise: the two times of `fast` in a cell differ by at most {100 * max(noise):.1f} %."
@@ -73,10 +73,10 @@ def host_table(rows):
     head = [f"{what}, m={m}" for m in MEMORY_ROWS for what in ("peak memory", "output")]
     sizes = [[f"{size / 1024:.0f} KiB" for m in MEMORY_ROWS for size in row["memory"][m]] for row in rows]
     lines = [(row["call"], *(f"{us:.1f}" for us in row["us"]), *size) for row, size in zip(rows, sizes, strict=True)]
-    return _markdown(("call", "host at m=1, us", "least", "most", *head), lines)
+    return markdown(("call", "host at m=1, us", "least", "most", *head), lines)
 
 
-def _markdown(head, rows):
+def markdown(head, rows):
     return "\n".join(f"| {' | '.join(map(str, row))} |" for row in (head, ["---:"] * len(head), *rows))
 
 
@@ -277,15 +277,15 @@ def ceilings(device):
     return 2 * there.nbytes / us["copy"][0] * 1e6, 2 * 8192**3 / us["mm"][0] * 1e6
 
 
-def host_cost(call):
-    """Microseconds of the host a call, [median, least, most] over batches of calls that a synchronization ends."""
+def host_cost(call, calls=HOST_CALLS):
+    """Microseconds of the host a call, [median, least, most] over batches of calls; before each the GPU is waited for."""
     times = []
     for _ in range(HOST_BATCHES + 1):
         torch.cuda.synchronize()
         start = time.perf_counter()
-        for _ in range(HOST_CALLS):
+        for _ in range(calls):
             call()
-        times.append((time.perf_counter() - start) / HOST_CALLS * 1e6)
+        times.append((time.perf_counter() - start) / calls * 1e6)
     return summary(times[1:])
 
 

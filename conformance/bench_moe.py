@@ -395,7 +395,7 @@ def report(document):
     parts = [
         f"{document['device']}, torch {document['torch']}. Floors: {document['bandwidth'] / 1e12:.2f} TB/s (a copy) and"
         f" {document['peak'] / 1e12:.0f} TFLOP/s (cuBLAS bf16), both measured in this run, which took {document['seconds']:.0f} s.",
-        bench._markdown((*head, "layer / our products", "layer / Humming's"), rows),
+        bench.markdown((*head, "layer / our products", "layer / Humming's"), rows),
     ]
     noise = [abs(c["us"][AGAIN][0] / c["us"][LAYER][0] - 1) for c in document["cells"] if AGAIN in c["us"] and LAYER in c["us"]]
     if noise:
@@ -410,7 +410,7 @@ def report(document):
         speeds = [f"{cell['bytes'][name] / us[name][0] / 1e6:.2f}" if name in us else "-" for name in (SUM, MAPPED)]
         lines.append((f"{cell['m']} x {SUM_SLOTS} x {SUM_COLUMNS}", *times, *speeds))
     head = ("moe_fused_mul_sum, bf16", *(f"{name}, us" for name in columns), "TB/s", f"TB/s of the rows of one of {RANKS} ranks")
-    return "\n\n".join([*parts, bench._markdown(head, lines)])
+    return "\n\n".join([*parts, bench.markdown(head, lines)])
 
 
 def main(argv=None):

@@ -1,4 +1,4 @@
-"""Which implementation runs what a checkpoint layout yields: python -m conformance.support --candidate fast --write README.md
+"""Which implementation runs what a checkpoint layout yields: python -m conformance.support --candidate fast --write fast/SUPPORT.md
 
 A table in Markdown, from nothing but ref.layouts.LAYOUTS, the FORMATS of each layout, and the candidate's why_not: a small weight of
 each format times bfloat16 x, as it is or else quantized to fp8, on the best device there is. Nothing is launched.

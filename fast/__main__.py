@@ -1,10 +1,11 @@
 """The command line: python -m fast quantize, bench-layer, explain."""
 
 import importlib
+import os
 import sys
 
 from .commands import COMMANDS
-from .commands.arguments import Parser, one_of
+from .commands.arguments import Parser, fail, lacks_memory, one_of, sentence
 
 
 def main(argv=None):
@@ -22,10 +23,19 @@ def main(argv=None):
     command.add_arguments(parser)
     args = parser.parse_args(argv[1:])
     try:
-        return command.run(args)
+        code = command.run(args)
+        sys.stdout.flush()
+        return code
     except KeyboardInterrupt:
-        print(f"python -m fast {name}: interrupted", file=sys.stderr)
-        return 130
+        return fail(name, "interrupted", 130)
+    except BrokenPipeError:
+        # Who reads has seen enough; Python, too, would flush at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (MemoryError, RuntimeError) as error:
+        if not lacks_memory(error):
+            raise
+        return fail(name, f"there is too little memory: {sentence(error)}", 1)
 
 
 if __name__ == "__main__":

@@ -38,8 +38,16 @@ class Prepared:
         self.kinds = {}
         # What implementations made of q by (implementation, request): plans, or sentences why not.
         self.made = {}
+        self._take_number()
+
+    def _take_number(self):
         self.number = next(_NUMBERS)
         PREPARED_BY_NUMBER[self.number] = self
+
+    def __setstate__(self, state):
+        # A copy, or what was read from a file, is another one.
+        self.__dict__.update(state)
+        self._take_number()
 
     def __repr__(self):
         return f"Prepared({self.format}, shape={self.shape}, device={self.device})"
@@ -185,7 +193,7 @@ def prepare(w, *, x_dtype=torch.bfloat16, x_format=None, static_scale=False, bia
         raise TypeError(f"prepare: x_dtype is {x_dtype}, expected torch.float16, torch.bfloat16 or torch.float32")
     kind = (x_dtype, x_format, impl, deterministic, not bias, not static_scale)
     prepared.open(kind, torch.ones(1, device=prepared.device) if static_scale else None)
-    numbers = [m] if isinstance(m, int) else m
+    numbers = m if m is None or isinstance(m, (list, tuple, range)) else [m]
     if numbers is not None and (not numbers or not all(isinstance(rows, int) and rows >= 0 for rows in numbers)):
         raise ValueError(f"prepare: m is {m!r}, expected one or several numbers of rows, or None for any")
     buckets = range(BUCKETS) if numbers is None else sorted({bucket_of(rows) for rows in numbers})

@@ -18,6 +18,8 @@ from .quantize_input import _decoded, _stored
 
 # Weights at a time: on a CPU what its cache holds with all that is computed from it, on a GPU what keeps it busy.
 CHUNK = {"cpu": 2**18, "cuda": 2**26}
+# A grid has at most 65535 blocks along its second axis, and where there are several, each has 2048 columns of a row or more.
+KERNEL_COLUMNS = 65535 * 2048
 # What the largest first-level scale becomes under a second-level one.
 SCALE_2_TOP = {"e4m3": 448.0, "e5m2": 57344.0, "ue5m3": 114688.0}
 
@@ -75,7 +77,10 @@ def _quantized(w, fmt):
     gn = fmt.group[0] or 1
     # Whole groups of rows at a time; if all rows share one scale, their range comes first.
     step = max(gn, CHUNK.get(w.device.type, CHUNK["cuda"]) // max(k, 1) // gn * gn)
-    scale_2 = _second_scale(w, fmt, step)
+    scale_2 = None
+    if fmt.scale_2 is not None:
+        peaks = [_values(w[i : i + step], fmt).abs().amax(1, keepdim=True) for i in range(0, n, step)] if k else []
+        scale_2 = _second_scale(torch.cat(peaks) if peaks else w.new_zeros(n, 1), fmt)
     ranges = _ranges_of_all(w, fmt, scale_2, step) if fmt.group[0] == 0 and n > step else None
     found = [_rows(w[start : start + step], fmt, _rows_of(scale_2, start, step), ranges) for start in range(0, max(n, 1), step)]
     packed, *rest = zip(*found, strict=True)
@@ -95,17 +100,11 @@ def _values(w, fmt):
     return hadamard(x, fmt.hadamard) if fmt.hadamard else x
 
 
-def _second_scale(w, fmt, step):
-    """The float32 that brings the largest first-level scale to the top of its dtype, (1, 1) or (n, 1), or None."""
-    if fmt.scale_2 is None:
-        return None
-    if not w.numel():
-        amax = w.new_zeros(w.shape[0], 1)
-    else:
-        amax = torch.cat([_values(w[start : start + step], fmt).abs().amax(1, keepdim=True) for start in range(0, len(w), step)])
+def _second_scale(peaks, fmt):
+    """The float32 that brings the largest first-level scale to the top of its dtype, (1, 1) or (n, 1), from the largest magnitudes (n, 1)."""
     if fmt.scale_2.startswith("tensor"):
-        amax = amax.amax(0, keepdim=True) if len(amax) else amax.new_zeros(1, 1)
-    amax = amax.double()
+        peaks = peaks.amax(0, keepdim=True) if len(peaks) else peaks.new_zeros(1, 1)
+    amax = peaks.double()
     scale_2 = amax / (_top(fmt.element) * SCALE_2_TOP.get(fmt.scale, 1.0))
     if fmt.scale_2.endswith("divisor"):
         scale_2 = 1 / scale_2
@@ -187,13 +186,14 @@ def _has_kernel(w, fmt):
 
 
 def _suits_kernel(w, fmt):
-    """Whether float32 is enough, and every group has one second-level scale."""
+    """Whether float32 is enough, every group has one second-level scale, and a row is not too long for a grid."""
     enough = w.dtype != torch.float64 and fmt.offset is None and max_value(fmt.element) <= 2.0**100
-    return enough and bool(w.numel()) and (fmt.group[0] == 1 or not (fmt.scale_2 or "").startswith("channel"))
+    fits = w.numel() > 0 and w.shape[1] <= KERNEL_COLUMNS
+    return enough and fits and (fmt.group[0] == 1 or not (fmt.scale_2 or "").startswith("channel"))
 
 
 def _at_once(w, fmt):
-    """What _quantized gives, without a float32 copy of w."""
+    """What _quantized gives, without a float32 copy of w but for a rotated one."""
     scales, encode = (importlib.import_module(f"fast.triton.{name}") for name in ("scales", "encode"))
     x = (hadamard(w.float(), fmt.hadamard) if fmt.hadamard else w).contiguous()
     if scales.takes(fmt):
@@ -202,9 +202,10 @@ def _at_once(w, fmt):
         if int(bad):
             _refuse(x)
         return packed, scale, zero, None, None
-    scale_2 = _second_scale(w, fmt, len(w))
+    low, high = (t.float() for t in _ranges(x, fmt))
+    scale_2 = None if fmt.scale_2 is None else _second_scale(torch.maximum(high, -low).amax(1, keepdim=True), fmt)
     # The order of the numbers stays when they are scaled.
-    low, high = (_scaled(t.float(), fmt, scale_2) for t in _ranges(x, fmt))
+    low, high = (_scaled(t, fmt, scale_2) for t in (low, high))
     _check_finite(x, low, high)
     scale, zero, _ = _first_scales(low, high, fmt)
     step = _decoded(scale, fmt.scale).float()

@@ -351,6 +351,10 @@ def test_one_bias_is_built_in_and_others_are_not(monkeypatch):
     assert made == [None]
     with pytest.raises(ValueError, match="bias has shape"):
         prepare_experts(q, bias=bias[:2])
+    with pytest.raises(TypeError, match=r"^prepare_experts: w is Tensor, expected a QTensor$"):
+        prepare_experts(numbers(3, 9, 9))
+    with pytest.raises(ValueError, match=r"^prepare_experts: weight int8 has shape \(2, 2\), expected \(experts, n, k\)$"):
+        prepare_experts(ref.quantize(torch.ones(2, 2), "int8"))
 
 
 def test_refusals():

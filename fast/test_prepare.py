@@ -77,9 +77,10 @@ def about_the_weight(x, w, bias=None, **kwargs):
             TypeError,
             "prepare: x_dtype is torch.float64, expected torch.float16, torch.bfloat16 or torch.float32",
         ),
+        *((Q, {"m": m}, ValueError, r"prepare: m is .*, expected one or several numbers of rows") for m in (2.0, [], [1, -1], "16")),
         (replace(Q, packed=Q.packed[:3]), {}, ValueError, r"packed of int4_g16 has shape \(3, 5\), expected \(5, 5\)"),
     ],
-    ids=range(10),
+    ids=range(14),
 )
 def test_prepare_refuses(w, kwargs, error, message):
     with pytest.raises(error, match=message):

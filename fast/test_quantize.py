@@ -80,6 +80,13 @@ def test_the_kernel_makes_the_same_codes(name, monkeypatch):
                 fast.quantize(w, name)
 
 
+def test_rows_that_are_too_long_for_a_grid_have_no_kernel():
+    module = importlib.import_module("fast.quantize")
+    for k, suits in ((module.KERNEL_COLUMNS, True), (module.KERNEL_COLUMNS + 1, False)):
+        w = torch.empty(1, k, dtype=torch.bfloat16, device="meta")
+        assert module._suits_kernel(w, ref.parse_format("int4_g128")) == suits
+
+
 @pytest.mark.parametrize("name", FLOATS)
 def test_every_value_and_every_midpoint(name):
     element = parse_element(name)

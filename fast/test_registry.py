@@ -21,9 +21,9 @@ from .test_linear import normal, same
 CUDA = torch.device("cuda", 0)
 
 
-def asked(x_format=None, device=CUDA, shape=(64, 128)):
+def asked(x_format=None, device=CUDA, shape=(64, 128), name="fp8"):
     x_format = None if x_format is None else ref.parse_format(x_format)
-    return Request(ref.parse_format("fp8"), shape, torch.bfloat16, device, x_format)
+    return Request(ref.parse_format(name), shape, torch.bfloat16, device, x_format)
 
 
 def order(operation, request, rows):
@@ -31,10 +31,14 @@ def order(operation, request, rows):
 
 
 def test_the_order_that_was_measured():
-    """Triton up to 64 rows and Humming beyond; cuBLAS, which takes fp8 by fp8 alone, before both; plain torch last, and alone off a GPU."""
+    """Triton's kernels for integers up to 64 rows, else Humming; cuBLAS, which takes fp8 by fp8 alone, before both; plain torch last, and alone off
+    a GPU."""
     for bucket in range(17):
         few, many = ["cublas", "triton", "humming", "torch"], ["cublas", "humming", "triton", "torch"]
-        assert order("linear", asked("fp8_e4m3_token"), 2**bucket) == order("linear", asked(), 2**bucket) == (many if bucket >= 7 else few)
+        for request in (asked("fp8_e4m3_token"), asked(name="int4_g128_bf16"), asked(name="uint4z_g128"), asked(name="int8")):
+            assert order("linear", request, 2**bucket) == (many if bucket >= 7 else few)
+        for name in ("fp8", "mxfp4", "nvfp4", "int3_g128_bf16", "fp6_e3m2_bf16"):
+            assert order("linear", asked(name=name), 2**bucket) == many
     assert "fp8 by fp8" in registry.module_of(registry.find("linear", "cublas"))._formats(asked())
     for block in (16, 32, 64, 128):
         assert order("grouped", asked(shape=(4, 64, 128)), block) == ["humming", "triton", "torch"]

@@ -22,10 +22,10 @@ class Parser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, epilog=EXIT_CODES, **options)
 
     def parse_args(self, args=None, namespace=None):
-        known = set(re.findall(r"--[a-z][a-z-]*", self.format_help()))
-        for name in (arg.partition("=")[0] for arg in args or () if arg.startswith("--")):
+        known = self._option_string_actions
+        for name in (arg.partition("=")[0] for arg in args or () if re.match("--?[A-Za-z]", arg)):
             if name not in known:
-                self.error(f"there is no option {name}; the nearest is {nearest(name, known)}")
+                self.error(f"there is no option {name}; the nearest is {nearest(name, [one for one in known if one.startswith('--')])}")
         return super().parse_args(args, namespace)
 
 
@@ -76,9 +76,10 @@ def device(text):
 def size(text):
     """Bytes, as 500MB or 4GiB."""
     match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) ?([A-Za-z]*)", text)
-    if not match or match[2].upper() not in UNITS or float(match[1]) == 0:
+    found = int(float(match[1]) * UNITS.get(match[2].upper(), 0)) if match else 0
+    if not found:
         raise ValueError(f"{text!r} is no size, expected one as 500MB or 4GiB")
-    return int(float(match[1]) * UNITS[match[2].upper()])
+    return found
 
 
 @argument
@@ -97,6 +98,14 @@ def number(text):
     return int(text)
 
 
+@argument
+def pattern(text):
+    """A part of a name, or re: and a regular expression."""
+    if not text:
+        raise ValueError("it is empty, expected a part of a name, or re:...")
+    return text
+
+
 format_name = argument(parse_format)
 
 
@@ -104,6 +113,11 @@ def fail(command, error, code):
     """Say on stderr, in one line, why a command ends with an exit code, and return that."""
     print(f"python -m fast {command}: {error if isinstance(error, str) else sentence(error)}", file=sys.stderr)
     return code
+
+
+def lacks_memory(error):
+    """Whether an error says that memory did not suffice; torch has a type for it on GPUs only."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
 
 
 def sentence(error):

@@ -12,6 +12,7 @@ from ..explain import explain
 from ..linear import linear
 from ..quantize import quantize
 from . import arguments, timing
+from .explain import taken
 
 
 def add_arguments(parser):
@@ -41,8 +42,6 @@ def run(args):
             lines = list(measure(args, device))
     except (ValueError, TypeError, NotImplementedError, ExceptionGroup) as error:
         return arguments.fail("bench-layer", error, 2)
-    except torch.OutOfMemoryError as error:
-        return arguments.fail("bench-layer", f"{device} has too little memory: {arguments.sentence(error)}", 1)
     print(*lines, sep="\n")
     return 0
 
@@ -53,12 +52,13 @@ def measure(args, device):
     w = torch.randn(args.n, args.k, device=device, generator=torch.Generator(device).manual_seed(0)).to(torch.bfloat16)
     q = quantize(w, args.format)
     size = sum(t.nbytes for t in pytree.tree_leaves(q) if t is not None)
-    taken = [_taken(q, m, args) for m in args.m]
+    # Of none, what is wrong is said when it is tried.
+    names = [taken(explain(q, m, x_format=args.x_format, impl=args.impl)) for m in args.m]
     prepared = [_prepared(q, args) for _ in range(timing.copies(size))]
     plain = [w.clone() for _ in range(timing.copies(w.nbytes))]
     speed = timing.bandwidth(device) if gpu else None
     rows = []
-    for m, impl in zip(args.m, taken, strict=True):
+    for m, impl in zip(args.m, names, strict=True):
         x = torch.randn(m, args.k, device=device).to(torch.bfloat16)
         ours = [functools.partial(linear, x, p, x_format=args.x_format, impl=args.impl) for p in prepared]
         theirs = [functools.partial(torch.nn.functional.linear, x, one) for one in plain]
@@ -70,15 +70,12 @@ def measure(args, device):
         rows.append(row)
     name = torch.cuda.get_device_name(device) if gpu else f"cpu, {torch.get_num_threads()} threads"
     yield f"{args.format} {args.n}x{args.k}, {size / 2**20:.1f} MiB (16 bits: {w.nbytes / 2**20:.1f}), x {args.x_format or 'bfloat16'}, on {name}"
-    yield "weights are cold; medians (least to most) in us" + (f"; the floor is the memory's, {speed / 1e12:.2f} TB/s" if gpu else "")
+    cold = timing.copies(size) * size > timing.ROTATED
+    yield f"weights are {'cold' if cold else 'so small that they may stay in caches'}; medians (least to most) in us" + (
+        f"; the floor is the memory's, {speed / 1e12:.2f} TB/s" if gpu else ""
+    )
     head = ["m", "impl", "fast.linear", "16 bits", "speed-up"] + ["share of floor", "host", "host, 16 bits"] * gpu
     yield from arguments.table(head, rows, left=2)
-
-
-def _taken(q, m, args):
-    """The implementation that will run; of none, what is wrong is said when it is tried."""
-    candidates = explain(q, m, x_format=args.x_format, impl=args.impl).candidates
-    return next((one.name for one in candidates if one.chosen), "none")
 
 
 def _prepared(q, args):

@@ -40,12 +40,12 @@ def run(args):
             raise ValueError("expected PATH, or --format, --n and --k")
         if args.path is None:
             q = blank(args.format, (args.n, args.k), device)
-            for m in args.m:
-                print(explain(q, m, x_format=args.x_format, impl=args.impl))
+            lines = [explain(q, m, x_format=args.x_format, impl=args.impl) for m in args.m]
         else:
-            print(*of_checkpoint(open_checkpoint(args.path), args, device), sep="\n")
+            lines = list(of_checkpoint(open_checkpoint(args.path), args, device))
     except (ValueError, NotImplementedError, TypeError, OSError) as error:
         return arguments.fail("explain", error, 2)
+    print(*lines, sep="\n")
     return 0
 
 
@@ -59,11 +59,12 @@ def of_checkpoint(checkpoint, args, device):
         if kind not in found:
             q = pytree.tree_map_only(torch.Tensor, lambda t: t.to(device), q)
             found[kind] = [explain(q, m, x_format=args.x_format, impl=args.impl) for m in args.m]
-        rows.append((layer, str(q.format), "x".join(map(str, q.shape)), *map(_taken, found[kind])))
+        rows.append((layer, str(q.format), "x".join(map(str, q.shape)), *map(taken, found[kind])))
     yield from arguments.table(("layer", "format", "shape", *(f"m={m}" for m in args.m)), rows, left=3 + len(args.m))
     for explanation in (one for of in found.values() for one in of):
         yield f"\n{explanation}"
 
 
-def _taken(explanation):
+def taken(explanation):
+    """The implementation that runs, or "none"."""
     return next((one.name for one in explanation.candidates if one.chosen), "none")

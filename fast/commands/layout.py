@@ -8,6 +8,8 @@ from ref.layouts import LAYOUTS
 from ref.layouts.checkpoint import located
 from ref.qtensor import QTensor, check_parts, equal, part_kinds
 
+from ..layers.inputs import input_of
+
 # The layouts that a checkpoint can be written in, and under which key of its config each lists the layers that are left alone.
 IGNORE = {
     "humming": "ignore",
@@ -61,6 +63,9 @@ def _written(q, layout, config_of, layer="layer"):
             back = module.read({part: names[name] for part, name in found[layer].items()}, module.options(config, layer))
             if not equal(back, q):
                 raise ValueError(f"{layout}: reads {q.format} as {back.format}")
+            x_format, static = input_of(layout, config, layer)
+            if static:
+                raise ValueError(f"{layout}: such layers have inputs in {x_format} whose scale is stored, too, and nobody has measured it")
             return sum(tensor.nbytes for tensor in parts.values()), separator
     raise ValueError(f"{layout}: has no names for {', '.join(parts)}")
 

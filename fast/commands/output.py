@@ -59,7 +59,8 @@ class Output:
     def _lock(self, path):
         import fcntl
 
-        self._locked = os.open(path, os.O_RDONLY)
+        # Writable, as locks on network file systems need it.
+        self._locked = os.open(path, os.O_RDWR)
         try:
             fcntl.flock(self._locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

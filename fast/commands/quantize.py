@@ -6,6 +6,7 @@ interrupted run goes on behind the last complete file.
 
 import contextlib
 import resource
+import signal
 import sys
 import time
 
@@ -15,6 +16,7 @@ from torch.utils import _pytree as pytree
 from ref.layouts.checkpoint import located
 
 from ..layers.config import read_config
+from ..layers.inputs import input_of
 from ..quantize import quantize
 from . import arguments, output, plan
 from .layout import IGNORE, MODULES
@@ -30,7 +32,12 @@ def add_arguments(parser):
         "--config", metavar="JSON", help="what quantize_ takes: JSON or the path of a JSON file, with its ignore lists and overrides"
     )
     parser.add_argument(
-        "--ignore", action="append", default=[], metavar="PATTERN", help="leave layers alone that have this in their name, or re:..."
+        "--ignore",
+        type=arguments.pattern,
+        action="append",
+        default=[],
+        metavar="PATTERN",
+        help="leave layers alone that have this in their name, or re:...",
     )
     parser.add_argument(
         "--layout",
@@ -58,23 +65,48 @@ def run(args):
     except (ValueError, NotImplementedError, OSError) as error:
         return arguments.fail("quantize", error, 2)
     print(f"{source.folder}: {', '.join(f'{count} layers in {name}' for name, count in plan.formats(made.items).items())}")
+    first = next(item for item in made.items if item.format is not None)
+    if x_format := input_of(args.layout, made.config, first.layer)[0]:
+        print(f"--layout {args.layout} means inputs that are quantized, too: to {x_format}")
     print("left as they are:", *plan.left_alone(made.items) or ["nothing"], sep="\n  ", flush=True)
     try:
-        with contextlib.closing(out):
-            write(source, made, out, args.device)
+        with contextlib.closing(out), interrupts() as stop_if_interrupted:
+            lines = write(source, made, out, args.device, stop_if_interrupted)
     except KeyboardInterrupt:
         return arguments.fail("quantize", "interrupted; the same command goes on from here", 130)
     except OSError as error:
         return arguments.fail("quantize", output.explain(error, args.out), 1)
     except (ValueError, NotImplementedError) as error:
         return arguments.fail("quantize", error, 1)
-    except torch.OutOfMemoryError as error:
-        return arguments.fail("quantize", f"{args.device} has too little memory: {arguments.sentence(error)}", 1)
+    print(*lines, sep="\n")
     return 0
 
 
-def write(source, made, out, device):
-    """Write every file of a plan that is not there yet, and print what it took."""
+@contextlib.contextmanager
+def interrupts():
+    """A function that raises KeyboardInterrupt where one has come: in the middle of a library in C it would be taken for another error."""
+    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield lambda: None
+        return
+    came = []
+
+    def note(number, frame):
+        came.append(number)
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a second one counts at once
+
+    def stop_if_interrupted():
+        if came:
+            raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield stop_if_interrupted
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def write(source, made, out, device, stop_if_interrupted):
+    """Write every file of a plan that is not there yet. Returns lines of text: what it took."""
     from tqdm import tqdm
 
     start, done = time.perf_counter(), 0
@@ -87,15 +119,17 @@ def write(source, made, out, device):
             for item in items:
                 tensors |= converted(source, item, made, device)
                 bar.update(item.nbytes)
+                stop_if_interrupted()
             out.write(file, lambda path: output.save_tensors(tensors, path))
             done += sum(item.nbytes for item in items)
     left = out.finish(source.folder, source.config | {"quantization_config": made.config}, list(made.files()))
     seconds = time.perf_counter() - start
-    if left:
-        print(f"not copied: {', '.join(left)}")
-    print(f"{out.folder}: {len(made.shards)} files, {done / 1e9:.2f} GB read in {seconds:.1f} s, {done / 1e9 / seconds:.2f} GB/s")
-    print(f"peak memory: {resident() / 2**20:.0f} MiB resident", end="")
-    print(f", {torch.cuda.max_memory_allocated(device) / 2**20:.0f} MiB on {device}" if device.type == "cuda" else "")
+    peak = f", {torch.cuda.max_memory_allocated(device) / 2**20:.0f} MiB on {device}" if device.type == "cuda" else ""
+    return [
+        *([f"not copied: {', '.join(left)}"] if left else []),
+        f"{out.folder}: {len(made.shards)} files, {done / 1e9:.2f} GB read in {seconds:.1f} s, {done / 1e9 / seconds:.2f} GB/s",
+        f"peak memory: {resident() / 2**20:.0f} MiB resident{peak}",
+    ]
 
 
 def converted(source, item, made, device):
@@ -123,10 +157,7 @@ def _chooser(fmt, config):
     """(layer, dtype) to Format or None."""
     if config is None:
         return lambda layer, dtype: fmt
-    if config.checkpoint is not None:
-        raise ValueError(
-            f"--config is that of a {config.checkpoint[0]} checkpoint, expected what says how to quantize (quant_method 'humming')"
-        )
+    config.check_online("--config")
 
     def choose(layer, dtype):
         chosen = config.layer(layer, dtype)

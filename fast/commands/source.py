@@ -86,8 +86,9 @@ class Source:
         return w.transpose(-1, -2) if w.dim() == 3 and self.transposed else w
 
     def files(self):
-        """{file: [bytes, time of its last change]} of all weights' files, and of config.json: what tells one source from another."""
-        paths = [*set(self._tensors.file.values()), os.path.join(self.folder, "config.json")]
+        """{file: [bytes, time of its last change]} of all weights' files and configs: what tells one source from another."""
+        configs = (os.path.join(self.folder, file) for file in ("config.json", *CONFIG_FILES))
+        paths = [*set(self._tensors.file.values()), *filter(os.path.exists, configs)]
         return {os.path.basename(path): [os.stat(path).st_size, os.stat(path).st_mtime_ns] for path in sorted(paths)}
 
     def hidden_size(self):

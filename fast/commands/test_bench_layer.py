@@ -49,6 +49,11 @@ def test_refusals(call, quick, argv, message):
     assert (code, out) == (2, "") and re.search(message, err), err
 
 
+def test_too_little_memory(call):
+    code, out, err = call("bench-layer", "--format", "int8", "--n", 2**30, "--k", 2**30, "--device", "cpu")
+    assert (code, out) == (1, "") and err.startswith("python -m fast bench-layer: there is too little memory: ")
+
+
 def test_times_are_those_of_the_calls(monkeypatch):
     monkeypatch.setattr(timing, "CALLS", 5)
     called = []
@@ -63,5 +68,6 @@ def test_times_are_those_of_the_calls(monkeypatch):
 
 
 def test_copies_exceed_what_caches_hold():
-    for size in (1, 1000, 240_000_000, 10**12):
-        assert timing.copies(size) * size > timing.ROTATED
+    for size in (240_241, 10**7, 240_000_000, 10**12):
+        assert timing.copies(size) * size > timing.ROTATED >= (timing.copies(size) - 1) * size
+    assert timing.copies(0) == timing.copies(1000) == timing.MOST

@@ -83,6 +83,15 @@ def test_as_a_program(call):
     assert code == 2 and "required: command" in err
 
 
+def test_a_reader_that_has_seen_enough(tmp_path):
+    """As head; what is printed is more than a pipe holds."""
+    argv = ["explain", "--format", "int8", "--n", "8", "--k", "8", "--device", "cpu", "--m", ",".join(map(str, range(1, 400)))]
+    run = subprocess.Popen([sys.executable, "-m", "fast", *argv], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert run.stdout.readline() == "linear: bfloat16 x int8 8x8 on cpu, m=1\n"
+    run.stdout.close()
+    assert run.stderr.read() == "" and run.wait() == 1
+
+
 def test_an_interrupt_is_no_traceback(call, monkeypatch):
     def interrupted(*args, **options):
         raise KeyboardInterrupt

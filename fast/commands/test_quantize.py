@@ -21,7 +21,8 @@ import fast
 from fast.commands import output, quantize
 from fast.commands.conftest import LINEAR, contents, draw, llama, save
 from fast.commands.source import Source
-from ref import layouts
+from fast.layers.inputs import input_of
+from ref import layouts, parse_format
 from ref.qtensor import equal
 
 ROOT = Path(__file__).parent.parent.parent
@@ -242,6 +243,26 @@ def test_interrupted_anywhere(source, tmp_path, call, monkeypatch, step):
     assert contents(out) == contents(whole)
 
 
+def test_interrupted_in_a_library(source, tmp_path, call, monkeypatch):
+    """Which would take it for an error of its own, as safetensors does: it counts behind the tensor that is read."""
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    assert call("quantize", source, whole, *SIZE)[0] == 0
+    real, read = Source.load, []
+
+    def load(self, name):
+        if read:
+            signal.raise_signal(signal.SIGINT)
+        read.append(name)
+        return real(self, name)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Source, "load", load)
+        code, _, err = call("quantize", source, out, *SIZE)
+    assert code == 130 and err == "python -m fast quantize: interrupted; the same command goes on from here\n" and len(read) == 2
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert call("quantize", source, out, *SIZE)[0] == 0 and contents(out) == contents(whole)
+
+
 def test_a_full_disk(source, tmp_path, call, monkeypatch):
     whole, out = tmp_path / "whole", tmp_path / "out"
     assert call("quantize", source, whole, *SIZE)[0] == 0
@@ -406,21 +427,31 @@ def test_sources_that_cannot_be_read(source, tmp_path, call, spoil, message):
     [
         (("--format", "int4_g32_h128"), "mlp.down_proj: quantize: k=96 is no multiple of the rotation's block 128"),
         (("--format", "int4_g64"), r"mlp.down_proj: --layout humming cannot hold it: humming: .*whole groups.* \(--layout .*can\)"),
+        (
+            ("--format", "fp8_tensor", "--layout", "modelopt"),
+            r"inputs in .* whose scale is stored, too, .* \(--layout .*fp8 or quark.* can\)",
+        ),
         (("--format", "nf4_g64"), r"Humming has no schema for \(no layout that can be written does\)"),
         (("--format", "nvfp4", "--layout", "gptq"), r"--layout gptq cannot hold it: gptq: .* \(--layout humming or modelopt.* can\)"),
         (("--config", '{"dtyp": "int4"}'), "unknown key 'dtyp'; the nearest known one is 'dtype'"),
         (("--config", '{"dtype": "int4"'), "no JSON"),
         (("--config", "nowhere.json"), "'nowhere.json' is neither JSON"),
-        (("--config", '{"quant_method": "gptq", "bits": 4, "group_size": 128}'), "that of a gptq checkpoint, expected what says how to"),
+        (
+            ("--config", '{"quant_method": "gptq", "bits": 4, "group_size": 128}'),
+            r"--config: the config is that of a checkpoint .* \(gptq\), .*expected how to quantize",
+        ),
         (("--config", '{"ignore": ["x"]}'), "no tensor is to be quantized: .*the config leaves them alone: 8"),
         (("--format", "int4_g32", "--ignore", "proj"), "no tensor is to be quantized: .*--ignore: 8"),
+        (("--format", "int4_g32", "--ignore", ""), "argument --ignore: it is empty, expected a part of a name"),
         (("--format", "int4_g32", "--ignore", "re:("), "is no regular expression"),
         (("--format", "int4_g3x"), "the nearest is 'int4_g32'"),
         (("--format", "int4_g32", "--layout", "gtpq"), "'gtpq' is none of humming.*; the nearest is gptq"),
         (("--format", "int4_g32", "--devise", "cpu"), "there is no option --devise; the nearest is --device"),
+        (("-f", "int4_g32"), "there is no option -f; the nearest is --format"),
         (("--format", "int4_g32", "--device", "cuda:99"), "there is no cuda:99"),
         (("--format", "int4_g32", "--device", "tpu"), "'tpu' is no device"),
         (("--format", "int4_g32", "--shard-size", "0"), "'0' is no size, expected one as 500MB or 4GiB"),
+        (("--format", "int4_g32", "--shard-size", "0.1"), "'0.1' is no size"),
         ((), "one of the arguments --format --config is required"),
         (("--format", "int8", "--config", "{}"), "not allowed with argument"),
     ],
@@ -447,10 +478,29 @@ def test_a_stack_that_is_not_what_the_model_has(tmp_path, call):
     assert call("quantize", tmp_path / "in", tmp_path / "out", "--format", "int8", "--ignore", "gate_up_proj")[0] == 0
 
 
-def test_the_machine_has_too_little_memory(source, tmp_path, call, monkeypatch):
+@pytest.mark.parametrize("of", [lambda: torch.OutOfMemoryError("CUDA out of memory"), MemoryError, None])
+def test_the_machine_has_too_little_memory(source, tmp_path, call, monkeypatch, of):
     def none(w, fmt):
-        raise torch.OutOfMemoryError("CUDA out of memory")
+        if of is None:
+            return torch.empty(2**60)  # what torch raises on a CPU is a RuntimeError
+        raise of()
 
     monkeypatch.setattr(quantize, "quantize", none)
     code, _, err = call("quantize", source, tmp_path / "out", *SIZE)
-    assert code == 1 and "cpu has too little memory: CUDA out of memory" in err
+    assert code == 1 and err.startswith("python -m fast quantize: there is too little memory: ") and err.count("\n") == 1
+
+
+def test_other_errors_are_not_hidden(source, tmp_path, call, monkeypatch):
+    monkeypatch.setattr(quantize, "quantize", lambda w, fmt: (_ for _ in ()).throw(RuntimeError("a bug")))
+    with pytest.raises(RuntimeError, match="a bug"):
+        call("quantize", source, tmp_path / "out", *SIZE)
+
+
+@pytest.mark.parametrize("layout, fmt, x", [("modelopt", "nvfp4", None), ("fp8", "fp8", "fp8"), ("modelopt", "mxfp8", "mxfp8")])
+def test_inputs_that_a_layout_quantizes_are_said(source, tmp_path, call, layout, fmt, x):
+    """Never those whose scale would have to be stored, too."""
+    code, out, _ = call("quantize", source, tmp_path / "out", "--format", fmt, "--layout", layout)
+    found = re.findall(rf"^--layout {layout} means inputs that are quantized, too: to (.*)$", out, re.M)
+    assert code == 0 and found == ([x] if x else [])
+    checkpoint = layouts.open(tmp_path / "out")
+    assert {input_of(checkpoint.layout, checkpoint.config, layer) for layer in checkpoint.layers} == {(x and parse_format(x), False)}

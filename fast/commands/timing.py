@@ -6,16 +6,17 @@ import time
 
 import torch
 
-# Copies of a weight together exceed several times any GPU's L2 cache; a graph has so many launches, or more, that its start does not count.
-ROTATED, LAUNCHES, REPLAYS = 240e6, 24, 20
+# Copies of a weight together exceed several times any GPU's L2 cache, but of a small one there are no more than so many; a graph has so many
+# launches, or more, that its start does not count.
+ROTATED, MOST, LAUNCHES, REPLAYS = 240e6, 1000, 24, 20
 # On a CPU: calls, and seconds after which a few are enough.
 CALLS, FEW, SECONDS = 20, 3, 2.0
 HOST_CALLS = 200
 
 
 def copies(size):
-    """How many copies of so many bytes exceed ROTATED together."""
-    return int(ROTATED // max(size, 1)) + 1
+    """How many copies of so many bytes exceed ROTATED together, or MOST."""
+    return min(int(ROTATED // max(size, 1)) + 1, MOST)
 
 
 def device_us(calls, device):

@@ -3,6 +3,7 @@
 from ref.combine import fuse
 
 from ..layers.experts import FusedExperts
+from ..layers.online import is_experts
 from ..quantize import quantize
 
 # transformers' activation functions, by the names of their classes, and fused_experts' names.
@@ -44,7 +45,9 @@ class Experts(FusedExperts):
 
 
 def weight_names(module):
-    """The names of the module's two weights."""
+    """The names of the weights of experts, or of an nn.Linear."""
+    if not is_experts(module):
+        return ("weight",)
     return "gate_up_proj" if module.has_gate else "up_proj", "down_proj"
 
 

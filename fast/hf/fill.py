@@ -5,8 +5,8 @@ from dataclasses import replace
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_map
 
+from ref.combine import stack, take_expert
 from ref.layouts.checkpoint import located
 
 from ..eager import dequantize
@@ -16,6 +16,7 @@ from ..layers.fallback import on_device
 from ..layers.inputs import static_scale
 from ..layers.linear import Linear
 from ..layers.online import is_experts
+from ..layers.weight import moved
 from ..quantize import quantize
 from .experts import Experts, activation, weight_names
 from .names import Names
@@ -41,7 +42,8 @@ class Filling:
             NotImplementedError: a module that no quantized layer can take the place of.
         """
         self.model, self.checkpoint, self.names = model, checkpoint, Names(model)
-        self.groups, left = self.names.groups(checkpoint.layers)
+        with located("load"):
+            self.groups, left = self.names.groups(checkpoint.layers)
         left = [layer for layer in left if not self._ignored(f"{layer}.weight")]
         if left:
             raise ValueError(f"load: {_listed(left)}: quantized in the checkpoint, and {type(model).__name__} has no such layer")
@@ -124,7 +126,7 @@ class Filling:
                 self._check_shape(key, group, q)
                 name, _, parameter = key.rpartition(".")
                 parts = waiting.setdefault(name, {})
-                parts[parameter] = moved(q, device), group.layers[0]
+                parts[parameter] = moved(q, device), group.layers
                 if len(parts) == len(self.modules[name]):
                     self.model.set_submodule(name, self._layer(name, waiting.pop(name), device))
 
@@ -142,24 +144,21 @@ class Filling:
         """The quantized layer for a module.
 
         Args:
-            parts: {parameter: (QTensor, the first layer of the checkpoint that it is of)}.
+            parts: {parameter: (QTensor, the layers of the checkpoint that it is of)}.
         """
         module, checkpoint, dtype = self.model.get_submodule(name), self.checkpoint, self.model.config.dtype
-        first, layer = next(iter(parts.values()))
+        first, layers = next(iter(parts.values()))
         qs = {parameter: q for parameter, (q, _) in parts.items()}
-        with located("load", layer):
-            chosen = resolve(layer, (checkpoint.layout, checkpoint.config), environment.quant_config(), dtype) or LayerConfig(None)
+        with located("load", layers[0]):
+            chosen = resolve(layers[0], (checkpoint.layout, checkpoint.config), environment.quant_config(), dtype) or LayerConfig(None)
             if chosen.weight is not None:
-                qs = {parameter: quantize(dequantize(q, torch.float32), chosen.weight) for parameter, q in qs.items()}
-            if is_experts(module):
-                chosen = on_device(dynamic(chosen), device, dtype, weight=first.format)
-                return Experts(module, *(qs[weight] for weight in weight_names(module)), chosen.x_format)
-            chosen = on_device(chosen, device, dtype, weight=first.format)
-            x_scale = self._x_scale(layer).to(device) if chosen.static else None
-            return Linear(qs["weight"], module.bias, x_format=chosen.x_format, x_scale=x_scale)
+                qs = {parameter: requantized(q, chosen.weight) for parameter, q in qs.items()}
+            chosen = on_device(dynamic(chosen) if is_experts(module) else chosen, device, dtype, weight=first.format)
+            x_scale = torch.stack([self._x_scale(layer) for layer in layers]).amax(0).to(device) if chosen.static else None
+            return replacement(module, qs, chosen.x_format, x_scale)
 
     def _x_scale(self, layer):
-        """The scale of a layer's input, as it is stored."""
+        """The scale of a layer's input, as it is stored. Layers that the model has as one have one input: the largest is for all."""
         parts = {part: name for part, name in self.checkpoint.parts(layer).items() if part.startswith(("input", "activation", "qscale"))}
         return static_scale({part: self.checkpoint.tensor(name) for part, name in parts.items()})
 
@@ -172,15 +171,30 @@ def dynamic(chosen):
     return replace(chosen, static=False, x_format=replace(fmt, scale_2="channel") if fmt.scale_2 else replace(fmt, group=(1, 0)))
 
 
+def requantized(q, format):
+    """A weight in another format; a stack expert by expert, since its float32 numbers would be many."""
+    if len(q.shape) == 3:
+        return stack([requantized(take_expert(q, expert), format) for expert in range(q.shape[0])])
+    return quantize(dequantize(q, torch.float32), format)
+
+
+def replacement(module, qs, x_format, x_scale=None):
+    """The quantized layer that takes the place of an nn.Linear, or of transformers' experts.
+
+    Args:
+        qs: {parameter: QTensor}, of weight_names.
+    """
+    if is_experts(module):
+        return Experts(module, *(qs[name] for name in weight_names(module)), x_format)
+    return Linear(qs["weight"], module.bias, x_format=x_format, x_scale=x_scale)
+
+
 def take_out(module, parameter):
-    """Take a weight out of a module; transformers is told not to initialize experts, which it does not expect to be without."""
-    setattr(module, parameter, None)
-    module._is_hf_initialized = is_experts(module)
-
-
-def moved(q, device):
-    """A QTensor on a device."""
-    return tree_map(lambda tensor: None if tensor is None else tensor.to(device), q)
+    """Take a weight out of a module; what is left is no parameter, and has no memory, but a shape for who initializes weights, which skips it."""
+    left = torch.empty_like(getattr(module, parameter).detach(), device="meta")
+    left._is_hf_initialized = True
+    delattr(module, parameter)
+    setattr(module, parameter, left)
 
 
 def _check(name, module, parameters):

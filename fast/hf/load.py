@@ -26,7 +26,7 @@ def load(path, dtype=None, device=None):
         ImportError: transformers is not installed.
         OSError: there is no such directory, or it lacks a file.
         ValueError: tensors that are missing, left over or of another shape than the model's; the message names layer and tensor.
-        NotImplementedError: a layout, a model class or a quantized module that there is nothing for.
+        NotImplementedError: a layout, a model class or a quantized module that there is nothing for. RuntimeError: no such device.
 
     >>> model = fast.load("path/to/checkpoint")  # doctest: +SKIP
     """
@@ -39,6 +39,7 @@ def load(path, dtype=None, device=None):
     path = os.fspath(path)
     if not os.path.isdir(path):
         raise NotADirectoryError(f"load: {path}: there is no such directory; expected one with config.json and safetensors files")
+    device = None if device is None else torch.device(device)
     open_checkpoint(path)  # what is wrong with its files is said before a model is built
     config = transformers.AutoConfig.from_pretrained(path, local_files_only=True)
     dtype = dtype or config.dtype or torch.bfloat16

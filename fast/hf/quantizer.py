@@ -4,6 +4,7 @@ import os
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.core_model_loading import ConversionOps
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -12,13 +13,12 @@ from ref.layouts import open as open_checkpoint
 from ref.layouts.checkpoint import located
 
 from ..layers import environment
-from ..layers.config import QuantConfig, read_config
+from ..layers.config import read_config
 from ..layers.fallback import on_device
-from ..layers.linear import Linear
 from ..layers.online import is_experts
 from ..quantize import quantize
-from .experts import Experts, activation, quantized, weight_names
-from .fill import Filling, take_out
+from .experts import activation, quantized, weight_names
+from .fill import Filling, replacement, take_out
 from .save import saved
 
 # transformers has no such method of its own, and a config.json with it is what ref.layouts.humming reads.
@@ -36,16 +36,15 @@ class FastConfig(QuantizationConfigMixin):
     def __init__(self, config=None, x=None):
         """
         Args:
-            config: what fast.read_config takes for weights, or a QuantConfig; None for that of FAST_ONLINE_QUANT_CONFIG. x: for activations.
+            config: what fast.read_config takes for weights, or a QuantConfig. x: for activations.
+                Without both, FAST_ONLINE_QUANT_CONFIG and FAST_INPUT_QUANT_CONFIG count.
 
         Raises:
             ValueError, FileNotFoundError: as read_config.
         """
         self.quant_method = METHOD
-        if config is None and x is None:
-            self.config = environment.quant_config()
-        else:
-            self.config = config if isinstance(config, QuantConfig) else read_config(config, x)
+        self.config = environment.given(config, x)
+        self.config.check_online("FastConfig")
         self.document = dict(self.config.weight)
         # What fast.load sets: the layers are in the checkpoint already, in whatever layout, and are to go to the device.
         self.stored, self.device = False, None
@@ -93,13 +92,11 @@ class FastQuantizer(HfQuantizer):
         for name, module in model.named_modules():
             if not (is_experts(module) or (type(module) is nn.Linear and f"{name}.weight" not in tied)):
                 continue
-            layer = self.quantization_config.config.layer(name, model.config.dtype)
-            if layer is None:
-                continue
-            if layer.static:
-                raise ValueError(f"fast.hf: {name} would need the scale of its input, which {layer.x_format} has in the model")
-            if is_experts(module):
-                with located("fast.hf", name):
+            with located("fast.hf", name):
+                layer = self.quantization_config.config.online(name, model.config.dtype)
+                if layer is None:
+                    continue
+                if is_experts(module):
                     activation(module)
             chosen[name] = layer
         if not chosen:
@@ -108,7 +105,7 @@ class FastQuantizer(HfQuantizer):
 
     def param_needs_quantization(self, model, param_name, **kwargs):
         name, _, parameter = param_name.rpartition(".")
-        return name in self.chosen and parameter in _weights(model.get_submodule(name))
+        return name in self.chosen and parameter in weight_names(model.get_submodule(name))
 
     def get_quantize_ops(self):
         return Quantize(self)
@@ -131,15 +128,11 @@ class FastQuantizer(HfQuantizer):
             self.filling.finish(model.device)
         for name in list(self.arrived):
             module, qs = model.get_submodule(name), self.arrived.pop(name)
-            if lacking := [parameter for parameter in _weights(module) if parameter not in qs]:
+            if lacking := [parameter for parameter in weight_names(module) if parameter not in qs]:
                 raise ValueError(f"fast.hf: {name}: the checkpoint lacks {', '.join(lacking)}")
             with located("fast.hf", name):
                 x_format = on_device(self.chosen[name], model.device, model.config.dtype).x_format
-            if is_experts(module):
-                layer = Experts(module, *(qs[parameter] for parameter in _weights(module)), x_format)
-            else:
-                layer = Linear(qs["weight"], module.bias, x_format=x_format)
-            model.set_submodule(name, layer)
+            model.set_submodule(name, replacement(module, qs, x_format))
         self.filling = None
         return model.requires_grad_(False)
 
@@ -154,6 +147,12 @@ class FastQuantizer(HfQuantizer):
     @property
     def is_trainable(self):
         return False
+
+
+def adopt(model, config):
+    """Let save_pretrained write a model of transformers that was quantized in place, as one that was quantized while it was loaded."""
+    if isinstance(model, PreTrainedModel) and getattr(model, "hf_quantizer", None) is None:
+        model.hf_quantizer = FastQuantizer(FastConfig(config), pre_quantized=False)
 
 
 class Quantize(ConversionOps):
@@ -176,7 +175,3 @@ class Quantize(ConversionOps):
                 # transformers would log what is raised here, and raise something that does not say what it was.
                 self.quantizer.failed = self.quantizer.failed or error
         return left
-
-
-def _weights(module):
-    return weight_names(module) if is_experts(module) else ("weight",)

@@ -8,7 +8,6 @@ from torch import nn
 from ref.element import Int
 from ref.layouts import humming
 from ref.layouts.checkpoint import located
-from ref.qtensor import QTensor
 
 from ..layers.input_config import MODES, input_format
 from ..layers.linear import Linear
@@ -23,7 +22,7 @@ def saved(model):
         ({name: tensor}, quantization_config): names as transformers has them before it reverts its renamings.
 
     Raises:
-        ValueError: a layer that Humming has no schema for, or that was prepared; the message names it.
+        ValueError: a layer that Humming has no schema for; the message names it. RuntimeError: one that was prepared, likewise.
     """
     names, state, configs = Names(model), dict(model.state_dict()), {}
     for name, module in model.named_modules():
@@ -33,8 +32,6 @@ def saved(model):
         weights, others = _parts(name, module)
         state |= others
         for key, q in weights.items():
-            if not isinstance(q, QTensor):
-                raise ValueError(f"fast.hf: {key} was prepared, and is a {type(q).__name__} now; save a model before prepare")
             for layer, part in names.write(key, q).items():
                 with located("fast.hf", layer):
                     tensors, configs[layer] = _written(part, module)

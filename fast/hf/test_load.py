@@ -17,7 +17,7 @@ import ref
 from ref import layouts
 from ref.qtensor import equal
 
-from .conftest import EXPERTS, VOCAB, Watched, check_experts, checkpoint, dequantized, nearer, plain_model
+from .conftest import EXPERTS, SHAPE, VOCAB, Watched, check_experts, checkpoint, dequantized, nearer, plain_model
 
 transformers = pytest.importorskip("transformers")
 STATIC = {"input_scale": torch.tensor(0.02)}
@@ -41,7 +41,7 @@ CHECKPOINTS = {
     "compressed-tensors nvfp4": ("qwen3", "fp4_e2m1_g16_e4m3_tensor2div", layouts.compressed_tensors, {}, None, {}, None),
     "fp8 blocks": ("deepseek_v3", "fp8_e4m3_b32x32", layouts.fp8, {}, None, {}, "fp8_e4m3_g32"),
     "mxfp4": ("gpt_oss", "mxfp4", layouts.mxfp4, {}, None, {}, None),
-    "modelopt nvfp4": ("qwen3_moe", "nvfp4", layouts.modelopt, {}, STATIC, {}, "nvfp4"),
+    "modelopt nvfp4": ("qwen3_moe", "nvfp4", layouts.modelopt, {"quant_algo": "NVFP4"}, STATIC, {}, "nvfp4"),
     "modelopt fp8": ("mixtral", "fp8_tensor", layouts.modelopt, {}, STATIC, {}, "fp8_e4m3_tensor"),
     "humming": ("deepseek_v3", "int6_g32_bf16", layouts.humming, {}, None, {}, None),
 }
@@ -176,7 +176,7 @@ WRONG = [
     ("humming", lambda t: {n: v[:32].clone() if n.startswith("model.layers.1.self_attn.o_proj") else v for n, v in t.items()}, ValueError,
      r"load: model\.layers\.1\.self_attn\.o_proj\.weight: .*o_proj in int6_g32_bf16 has shape \(32, 64\), the model's config says \(64, 64\)"),
     ("awq, experts", without("layers.1.mlp.experts.2.up_proj"), ValueError,
-     r"model\.layers\.1\.mlp\.experts\.gate_up_proj: .*4 experts, .*lacks 1 of .*up_proj\.weight: .*experts\.2\.up_proj"),
+     r"^load: model\.layers\.1\.mlp\.experts\.gate_up_proj: .*4 experts, .*lacks 1 of .*up_proj\.weight: .*experts\.2\.up_proj"),
     ("awq, experts", without("layers.0.mlp.experts.0.up_proj", "layers.0.mlp.experts.1.up_proj"), ValueError, r"lacks 2 of .*experts\.0\.up_proj"),
     ("awq, experts", lambda t: t | {n.replace("experts.3", "experts.4"): v.clone() for n, v in t.items() if "experts.3" in n}, ValueError,
      r"the model has 4 experts, and the checkpoint 5: .*experts\.4"),
@@ -221,6 +221,8 @@ def test_a_shard_that_is_missing(tmp_path):
 def test_folders_that_cannot_be_loaded(tmp_path):
     with pytest.raises(NotADirectoryError, match=f"load: {re.escape(str(tmp_path / 'none'))}: there is no such directory"):
         fast.load(tmp_path / "none")
+    with pytest.raises(RuntimeError, match="cpux"):
+        fast.load(tmp_path, device="cpux")
     plain_model("llama").save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="nothing is quantized"):
         fast.load(tmp_path)
@@ -244,3 +246,26 @@ for call in (lambda: fast.load("."), lambda: fast.hf.FastConfig({}), lambda: fas
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert (done.stderr, done.stdout.splitlines()) == ("", ["fast.hf needs transformers 5 or later: pip install transformers"] * 3)
+
+
+def test_layers_that_the_model_has_as_one_have_the_largest_scale(tmp_path, monkeypatch):
+    from transformers import conversion_mapping
+    from transformers.core_model_loading import Concatenate, WeightConverter
+
+    parts = [r"\.gate_proj.weight", r"\.up_proj.weight"]
+    joined = WeightConverter(source_patterns=parts, target_patterns=r"\.gate_up_proj.weight", operations=[Concatenate(dim=0)])
+    config = transformers.Phi3Config(**SHAPE | {"num_hidden_layers": 1, "num_key_value_heads": 2, "pad_token_id": 0})
+    checkpoint(tmp_path, transformers.Phi3ForCausalLM(config), "fp8_tensor", layouts.modelopt, write=STATIC)
+    whole, name = layouts.open(tmp_path)["model.layers.0.mlp.gate_up_proj"], "model.layers.0.mlp.gate_up_proj"
+
+    def apart(tensors):
+        halves = [ref.take_rows(whole, rows) for rows in torch.arange(192).chunk(2)]
+        for part, q, scale in zip(("gate", "up"), halves, (0.02, 0.03), strict=True):
+            written = layouts.modelopt.write(q) | {"input_scale": torch.tensor(scale)}
+            tensors |= {f"model.layers.0.mlp.{part}_proj.{key}": tensor.clone() for key, tensor in written.items()}
+        return {key: tensor for key, tensor in tensors.items() if not key.startswith(name)}
+
+    change(tmp_path, apart)
+    monkeypatch.setattr(conversion_mapping, "get_model_conversion_mapping", lambda model: [joined])
+    layer = fast.load(tmp_path).get_submodule(name)
+    assert torch.equal(layer.x_scale, torch.tensor([0.03])) and torch.equal(ref.dequantize(layer.weight), ref.dequantize(whole))

@@ -96,6 +96,9 @@ def test_quantized_saved_loaded_and_generating(tmp_path, name):
 def test_quantize_gives_the_same_model(tmp_path, name):
     plain, model = online(tmp_path, name)
     same_state(fast.quantize_(plain, INT4), model)
+    # And is saved as well.
+    plain.save_pretrained(tmp_path / "saved")
+    same_state(pretrained(tmp_path / "saved"), model)
 
 
 @pytest.mark.parametrize(
@@ -127,6 +130,16 @@ def test_formats_of_weights_and_activations_come_back(tmp_path, name, config, x)
     assert len(document.get("dynamic", {})) <= 2
 
 
+def test_parents_that_initialize_the_weights_of_their_children(tmp_path):
+    config = transformers.T5Config(vocab_size=VOCAB, d_model=64, d_kv=16, d_ff=96, num_layers=1, num_heads=4, decoder_start_token_id=0)
+    plain = transformers.T5ForConditionalGeneration(config)
+    plain.save_pretrained(tmp_path / "plain")
+    model = type(plain).from_pretrained(tmp_path / "plain", quantization_config=hf.FastConfig(INT4))
+    model.save_pretrained(tmp_path / "quantized")
+    for other in (fast.quantize_(plain, INT4), type(plain).from_pretrained(tmp_path / "quantized"), fast.load(tmp_path / "quantized")):
+        same_state(other, model)
+
+
 def test_a_model_saved_in_shards(tmp_path):
     _, model = online(tmp_path, "mixtral")
     model.save_pretrained(tmp_path / "quantized", max_shard_size="40KB")
@@ -135,27 +148,27 @@ def test_a_model_saved_in_shards(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name, fmt, layout, write",
+    "name, fmt, layout, config, write",
     [
-        ("llama", "uint4z_g32_fp16", layouts.gptq, None),
-        ("mixtral", "fp8_tensor", layouts.modelopt, {"input_scale": torch.tensor(0.02)}),
-        ("qwen3", "nvfp4", layouts.modelopt, {"input_scale": torch.tensor(0.02)}),
-        ("gpt_oss", "mxfp4", layouts.mxfp4, None),
+        ("llama", "uint4z_g32_fp16", layouts.gptq, {}, None),
+        ("mixtral", "fp8_tensor", layouts.modelopt, {}, {"input_scale": torch.tensor(0.02)}),
+        ("qwen3", "nvfp4", layouts.modelopt, {"quant_algo": "NVFP4"}, {"input_scale": torch.tensor(0.02)}),
+        ("gpt_oss", "mxfp4", layouts.mxfp4, {}, None),
     ],
 )
-def test_a_model_of_another_layout_is_saved_as_this_one(tmp_path, name, fmt, layout, write):
-    checkpoint(tmp_path, plain_model(name), fmt, layout, write=write)
+def test_a_model_of_another_layout_is_saved_as_this_one(tmp_path, name, fmt, layout, config, write):
+    checkpoint(tmp_path, plain_model(name), fmt, layout, config, write)
     model = fast.load(tmp_path)
     model.save_pretrained(tmp_path / "saved")
     back = pretrained(tmp_path / "saved")
     same_state(model, back)
     formats = [[(m.x_format, m.x_scale) for m in of.modules() if type(m) is fast.Linear] for of in (model, back)]
-    assert formats[0] == formats[1]
+    assert formats[0] == formats[1] and all((scale is not None) == bool(write) for _, scale in formats[0])
 
 
-@pytest.mark.parametrize("given", [{"dtyp": "int4"}, {"dtype": "int9"}], ids=str)
+@pytest.mark.parametrize("given", [{"dtyp": "int4"}, {"dtype": "int9"}, {"quant_method": "fp8"}], ids=str)
 def test_wrong_configs_are_refused_at_once(given):
-    with pytest.raises(ValueError, match=r"dtyp|int9"):
+    with pytest.raises(ValueError, match=r"dtyp|int9|^FastConfig: the config is that of a checkpoint .*\(fp8\)"):
         hf.FastConfig(given)
 
 
@@ -163,7 +176,7 @@ def test_wrong_configs_are_refused_at_once(given):
     "config, x, error, message",
     [
         ({"dtype": "int4", "ignore": ["layers"]}, None, ValueError, "leaves every layer of this model as it is"),
-        (INT4, {"dtype": "int8", "quant_mode": "static_tensor"}, ValueError, "q_proj would need the scale of its input"),
+        (INT4, {"dtype": "int8", "quant_mode": "static_tensor"}, ValueError, "q_proj: would need the scale of its input"),
     ],
 )
 def test_configs_that_do_not_fit_the_model(tmp_path, config, x, error, message):
@@ -184,7 +197,7 @@ def test_experts_that_there_is_no_function_for(tmp_path):
 def test_prepared_models_are_not_saved(tmp_path):
     _, model = online(tmp_path, "llama")
     model.model.layers[1].mlp.up_proj.prepare(torch.float32)
-    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.up_proj\.weight was prepared"):
+    with pytest.raises(RuntimeError, match=r"layers\.1\.mlp\.up_proj: the weight was prepared, and has no state any more"):
         model.save_pretrained(tmp_path / "quantized")
 
 

@@ -58,6 +58,25 @@ class QuantConfig:
         """LayerConfig of the layer called `name`, or None where it is left alone: resolve, with the config's own checkpoint."""
         return resolve(name, self.checkpoint, self, dtype)
 
+    def check_online(self, where):
+        """Refuse what says how a checkpoint is quantized, where something is to be quantized by it."""
+        if self.checkpoint is not None:
+            raise ValueError(
+                f"{where}: the config is that of a checkpoint that is quantized already ({self.checkpoint[0]}), which fast.load reads; "
+                "expected how to quantize (quant_method 'humming', or none)"
+            )
+
+    def online(self, name, dtype=torch.bfloat16):
+        """As layer, for a weight that is quantized now: nothing is known of its input.
+
+        Raises:
+            ValueError: the scale of the input would have to be known.
+        """
+        chosen = self.layer(name, dtype)
+        if chosen is not None and chosen.static:
+            raise ValueError(f"would need the scale of its input, which {chosen.x_format} has in the model; give a dynamic quant_mode")
+        return chosen
+
     def input(self, name):
         """The format of a layer's input, or None, and whether it is static."""
         chosen = of_layer(self.x, name)
@@ -122,7 +141,10 @@ def read_config(value, x=None):
     Format(element=Int(bits=4, signed=True), scale='bf16', group=(1, 128), zero=None, scale_2=None, hadamard=0, offset=None)
     """
     weight, x = _document(value, "quantization config"), _document(x, "input config")
-    weight = weight.get("quantization_config", weight)
+    if "quantization_config" in weight:
+        weight = weight["quantization_config"]
+        if not isinstance(weight, dict):
+            raise ValueError(f"quantization config: quantization_config is {weight!r}, expected an object")
     checkpoint = None
     if weight.get("quant_method", "humming") != "humming":
         checkpoint, weight = (weight["quant_method"], weight), {}
@@ -212,7 +234,13 @@ def _dynamic(document, where="config"):
 
 
 def weight_format(keys, dtype=torch.bfloat16):
-    """The Format that keys of WEIGHT_KEYS say; scales without a dtype have the model's, those of blocks and tensors float32."""
+    """The Format that keys of WEIGHT_KEYS say; scales without a dtype have the model's, those of blocks and tensors float32.
+
+    Raises:
+        TypeError: a model of a dtype that linear does not have.
+    """
+    if dtype not in DTYPES:
+        raise TypeError(f"weights are {dtype}, expected float16, bfloat16 or float32")
     said = humming.options(keys, "")
     scale = said["scale"] or DTYPES[dtype]
     zero = {None: None, "int": "int", "float": scale}[said["zero"]]

@@ -4,7 +4,7 @@ import functools
 import os
 import warnings
 
-from .config import read_config
+from .config import QuantConfig, read_config
 
 # Our name -> the name by which the seed of this project read it; either may be set.
 NAMES = {
@@ -43,9 +43,23 @@ def quant_config():
             config = read_config(**{"value": None, argument: found[argument]})
         except (ValueError, FileNotFoundError, NotImplementedError) as error:
             raise type(error)(f"{name}: {error}") from None
-        if config.checkpoint is not None:
-            raise ValueError(f"{name}: quant_method is {config.checkpoint[0]!r}: what a checkpoint is, not how to quantize one")
+        config.check_online(name)
     return read_config(**found)
+
+
+def given(config, x=None):
+    """The QuantConfig that a function was given: as it is, or what read_config makes of it; the environment's where nothing was given.
+
+    Raises:
+        ValueError, FileNotFoundError: as read_config and quant_config; an x beside a QuantConfig, which has its own.
+    """
+    if config is None and x is None:
+        return quant_config()
+    if not isinstance(config, QuantConfig):
+        return read_config(config, x)
+    if x is not None:
+        raise ValueError("config is a QuantConfig, which has an x of its own, and x was given, too; expected one of them")
+    return config
 
 
 @functools.cache

@@ -92,11 +92,6 @@ class FusedExperts(nn.Module):
             **self.activation_parameters,
         )  # fmt: skip
 
-    def _apply(self, fn, recurse=True):
-        if any(weight.format is not None and weight.packed is None for weight in (self.w13, self.w2)):
-            raise RuntimeError("FusedExperts: this layer was prepared for its device; move layers before prepare")
-        return super()._apply(fn, recurse)
-
     def extra_repr(self):
         x = "" if self.x_format is None else f", x_format={self.x_format}"
         bias = self.bias13 is not None or self.bias2 is not None

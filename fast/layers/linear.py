@@ -51,7 +51,7 @@ class Linear(Weight):
         super().__init__(weight)
         self.x_format, self.impl = x_format, impl
         self.register_buffer("bias", None if bias is None else bias.detach())
-        self.register_buffer("x_scale", x_scale)
+        self.register_buffer("x_scale", None if x_scale is None else x_scale.detach().reshape(1))
 
     @classmethod
     def empty(cls, n, k, format, *, bias=False, x_format=None, static=False, dtype=torch.bfloat16, device="meta"):
@@ -82,7 +82,9 @@ class Linear(Weight):
         return self
 
     def forward(self, x):
-        return linear(x, self.weight, self.bias, x_format=self.x_format, x_scale=self.x_scale, impl=self.impl)
+        # As attributes buffers cost a microsecond each.
+        held = self._buffers
+        return linear(x, self.weight, held["bias"], x_format=self.x_format, x_scale=held["x_scale"], impl=self.impl)
 
     def extra_repr(self):
         x = "" if self.x_format is None else f", x_format={self.x_format}"

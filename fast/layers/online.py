@@ -1,9 +1,12 @@
 """Models quantized in place, layer by layer."""
 
+import sys
+from collections import Counter
+
 from torch import nn
 
 from ..quantize import quantize
-from .config import QuantConfig, read_config
+from . import environment
 from .fallback import on_device
 from .linear import Linear
 
@@ -35,14 +38,16 @@ def converter(module):
     return next((convert for fits, convert in CONVERTERS if fits(module)), None)
 
 
-def quantize_(model, config, x=None):
+def quantize_(model, config=None, x=None):
     """Put quantized layers in the place of a model's nn.Linear layers, one after the other; each frees its weight before the next begins.
 
     Other modules that CONVERTERS knows, as experts, likewise.
 
     Args:
-        model: any nn.Module; lm_head and what the configuration leaves out stay as they are.
+        model: any nn.Module; lm_head, layers whose weight another module has too, as an embedding, and what the configuration leaves out stay
+            as they are.
         config: what read_config takes for weights, or a QuantConfig. x: what it takes for activations.
+            Without both, FAST_ONLINE_QUANT_CONFIG and FAST_INPUT_QUANT_CONFIG count.
 
     Returns:
         model.
@@ -55,36 +60,45 @@ def quantize_(model, config, x=None):
     >>> quantize_(model, {"dtype": "int4", "group_size": 32})[0]
     Linear(in_features=64, out_features=32, format=int4_g32, bias=True)
     """
-    config = config if isinstance(config, QuantConfig) else read_config(config, x)
-    if config.checkpoint is not None:
-        raise ValueError(
-            f"quantize_: the config is that of a checkpoint that is quantized already ({config.checkpoint[0]}); fast.load reads it"
-        )
+    config = environment.given(config, x)
+    config.check_online("quantize_")
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"quantize_: model is {type(model).__name__}, expected a torch.nn.Module")
     if converter(model) is not None:
         raise ValueError(
             f"quantize_: the model is itself a {type(model).__name__}, and nothing can take its place in it; hand over the module that has it"
             " (torch.nn.Sequential(model) is one)"
         )
+    owners = Counter(id(tensor) for module in model.modules() for tensor in module._parameters.values())
     made = {}
     for name, parent, attribute in list(_layers(model)):
         layer = getattr(parent, attribute)
         weight = next(layer.parameters())
-        chosen = config.layer(name, weight.dtype)
-        if chosen is None:
+        if owners[id(weight)] > 1:
             continue
-        if chosen.static:
-            raise ValueError(
-                f"quantize_: {name} would need the scale of its input, which {chosen.x_format} has in the model; give a dynamic quant_mode"
-            )
-        # A layer that is in several places stays one.
-        if id(layer) not in made:
-            try:
+        try:
+            chosen = config.online(name, weight.dtype)
+            if chosen is None:
+                continue
+            if weight.is_meta:
+                raise ValueError(
+                    "its weight is on the meta device, where there are no numbers to quantize; Linear.empty makes a layer without any"
+                )
+            # A layer that is in several places stays one.
+            if id(layer) not in made:
                 made[id(layer)] = converter(layer)(layer, on_device(chosen, weight.device, weight.dtype))
-            except (TypeError, ValueError, NotImplementedError) as error:
-                raise type(error)(f"quantize_: {name}: {error}") from None
+        except (TypeError, ValueError, NotImplementedError) as error:
+            raise type(error)(f"quantize_: {name}: {error}") from None
         setattr(parent, attribute, made[id(layer)])
+        if isinstance(parent, nn.TransformerEncoderLayer):
+            # torch's fused path would read the weights by itself; it is not taken for other activations.
+            parent.activation_relu_or_gelu = 0
     if not made:
         raise ValueError("quantize_: the configuration leaves every layer of this model as it is")
+    if "transformers.modeling_utils" in sys.modules:
+        from ..hf.quantizer import adopt
+
+        adopt(model, config)
     return model
 
 

@@ -1,16 +1,15 @@
-"""The shards of one weight (n, k): checked, quantized and sliced as they arrive, joined when all are there."""
+"""The shards of one weight (n, k): checked, quantized and sliced as they arrive, joined when all are there; and the slice of one rank."""
 
 import difflib
-from functools import partial
 
 import torch
-from torch.utils import _pytree as pytree
 
 from ref.combine import fuse, take_columns, take_rows
 from ref.format import parse_format
 from ref.qtensor import QTensor, check_parts
 
 from ..quantize import quantize
+from .weight import moved
 
 QUANTIZED = {True: "quantized", False: "not quantized"}
 
@@ -29,10 +28,7 @@ class Shards:
             format: what plain shards are quantized to, if online; and whose element quantized ones must have. None: all are plain.
             rank, size, axis: which slice is this rank's. device: where shards are moved to, or None for where they are.
         """
-        if axis not in ("n", "k"):
-            raise ValueError(f"{name}: axis is {axis!r}, expected 'n' or 'k'")
-        if not 0 <= rank < size:
-            raise ValueError(f"{name}: got rank {rank} of {size}, expected 0 to {size - 1}")
+        _check_part(name, axis, rank, size)
         self.name, self.rows, self.k, self.online, self.device = name, dict(rows), k, online, device
         self.format = None if format is None else parse_format(format)
         self.rank, self.size, self.axis = rank, size, axis
@@ -63,7 +59,7 @@ class Shards:
                 tensor = quantize(tensor, self.format)
             except ValueError as error:
                 raise ValueError(f"{where}: {error}") from None
-        self.weights[shard] = self._slice(where, tensor, rows)
+        self.weights[shard] = self._slice(where, tensor)
 
     def add_bias(self, tensor, shard):
         """A shard of the bias: (n,), for all ranks. Where columns are sliced, it is rank 0's, so that the ranks' sum has it once."""
@@ -73,9 +69,7 @@ class Shards:
         if not tensor.dtype.is_floating_point:
             raise TypeError(f"{where} is {tensor.dtype}, expected floats")
         tensor = self._here(tensor)
-        if self.axis == "n":
-            tensor = tensor[self.rank * rows : (self.rank + 1) * rows].clone()
-        self.biases[shard] = tensor
+        self.biases[shard] = self._slice(where, tensor) if self.axis == "n" else tensor
 
     def missing(self, bias):
         """The names of what has not arrived; bias: whether there is to be one."""
@@ -121,20 +115,49 @@ class Shards:
             raise ValueError(f"{where} has shape {tuple(tensor.shape)}, expected {expected}{ranks}")
 
     def _here(self, tensor):
-        if self.device is None:
-            return tensor if isinstance(tensor, QTensor) else tensor.detach()
-        return pytree.tree_map_only(torch.Tensor, partial(torch.Tensor.to, device=self.device), tensor)
+        tensor = tensor if isinstance(tensor, QTensor) else tensor.detach()
+        return tensor if self.device is None else moved(tensor, self.device)
 
-    def _slice(self, where, w, rows):
+    def _slice(self, where, w):
         if self.size == 1:
             return w
-        width = rows if self.axis == "n" else self.k
-        start = self.rank * width
         if not isinstance(w, QTensor):
-            return w.narrow(0 if self.axis == "n" else 1, start, width).clone()
+            return w.tensor_split(self.size, "nk".index(self.axis))[self.rank].clone()
         try:
-            if self.axis == "n":
-                return take_rows(w, torch.arange(start, start + width))
-            return take_columns(w, start, start + width)
+            return shard(w, self.axis, self.rank, self.size)
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from None
+
+
+def shard(q, axis, rank, size):
+    """One rank's part of a weight, never requantized: it means what torch.tensor_split(w, size)[rank] along this axis is.
+
+    Sizes may be uneven: the first ranks have one row or column more. Of a fused weight (qkv, gate_up), shard the parts and ref.fuse them.
+
+    Args:
+        q: QTensor (..., n, k).
+        axis: "n", for ColumnParallelLinear, or "k", for RowParallelLinear.
+        rank, size: which part, of how many.
+
+    Returns:
+        QTensor (..., n_rank, k) or (..., n, k_rank). Blocks and groups that a border cuts become finer (ref.take_rows, ref.take_columns).
+
+    Raises:
+        ValueError: an unknown axis, no such rank, or a border inside of columns that were rotated together.
+
+    >>> import ref
+    >>> shard(ref.quantize(torch.ones(8, 384), "int4_g128"), "k", 1, 2)
+    QTensor(int4_g64, shape=(8, 192), device=cpu)
+    """
+    _check_part("shard", axis, rank, size)
+    whole, rest = divmod(q.shape[-2 if axis == "n" else -1], size)
+    start = rank * whole + min(rank, rest)
+    stop = start + whole + (rank < rest)
+    return take_rows(q, torch.arange(start, stop)) if axis == "n" else take_columns(q, start, stop)
+
+
+def _check_part(where, axis, rank, size):
+    if axis not in ("n", "k"):
+        raise ValueError(f"{where}: unknown axis {axis!r}, expected 'n' or 'k'")
+    if not 0 <= rank < size:
+        raise ValueError(f"{where}: got rank {rank} of {size}, expected 0 <= rank < size")

@@ -134,6 +134,7 @@ WRONG = [
     ({"dtype": "int4", "dynamic": [1]}, "expected a dict of dicts"),
     ({"quant_method": "gptqq", "bits": 4}, "layout is 'gptqq', expected one of"),
     ({"quant_method": "gptq", "bit": 4}, "unknown key 'bit'; the nearest known one is 'bits'"),
+    ({"quantization_config": None}, "quantization_config is None, expected an object"),
     ("{bad", "no JSON"),
     (7, "a int, expected a dict"),
 ]
@@ -290,15 +291,26 @@ def test_all_variables_together(variables, tmp_path):
     variables.setenv("FAST_MOE_GEMM_TYPE", "indexed")
     assert environment.quant_config().layer("up") == LayerConfig(GROUPED, parse_format("fp8_e4m3_token"))
     assert environment.gemm_type() == "indexed"
+    # Where no config is given, it is theirs; and whoever makes a layer is told what has no effect.
     with pytest.warns(UserWarning, match="no effect"):
-        assert environment.f16_accum() is True
+        layer = quantize_(torch.nn.Sequential(torch.nn.Linear(128, 8, dtype=torch.bfloat16)))[0]
+    assert (layer.format, layer.x_format) == (GROUPED, parse_format("fp8_e4m3_token"))
+    assert environment.f16_accum() is True
+    with pytest.raises(ValueError, match="config is a QuantConfig, which has an x of its own, and x was given, too"):
+        environment.given(QuantConfig(), {"dtype": "int8"})
 
 
 @pytest.mark.parametrize(
     "name, value, error, message, reader",
     [
         ("FAST_ONLINE_QUANT_CONFIG", '{"dtyp": 1}', ValueError, "^FAST_ONLINE_QUANT_CONFIG: .*dtyp", "quant_config"),
-        ("FAST_ONLINE_QUANT_CONFIG", '{"quant_method": "fp8"}', ValueError, "^FAST_ONLINE_QUANT_CONFIG: .*'fp8': what a", "quant_config"),
+        (
+            "FAST_ONLINE_QUANT_CONFIG",
+            '{"quant_method": "fp8"}',
+            ValueError,
+            r"^FAST_ONLINE_QUANT_CONFIG: the config is that of a checkpoint .*\(fp8\)",
+            "quant_config",
+        ),
         ("FAST_ONLINE_QUANT_CONFIG", '{"quant_method": "aqlm"}', NotImplementedError, "^FAST_ONLINE_QUANT_CONFIG: .*aqlm", "quant_config"),
         ("FAST_INPUT_QUANT_CONFIG", '{"quant_method": "fp8"}', ValueError, "^FAST_INPUT_QUANT_CONFIG: .*'quant_method'", "quant_config"),
         ("FAST_INPUT_QUANT_CONFIG", "none.json", FileNotFoundError, "^FAST_INPUT_QUANT_CONFIG: .*none.json", "quant_config"),

@@ -72,9 +72,19 @@ def test_moves_casts_and_copies():
     layer.bfloat16()
     assert layer.w13.scale.dtype == torch.float32 and layer.w2.packed.dtype == torch.int32 and layer.bias13.dtype == torch.bfloat16
     assert FusedExperts(*case(None)[:2]).bfloat16().w13.weight.dtype == torch.bfloat16
-    assert layer.prepare(torch.float32) is layer and set(layer.state_dict()) == {"bias13", "bias2"}
-    with pytest.raises(RuntimeError, match="FusedExperts: this layer was prepared for its device"):
-        layer.to("cpu")
+    layer.float()
+    assert layer.prepare(torch.float32) is layer and layer.to("cpu") is layer
+    copied = copy.deepcopy(layer)
+    assert copied.w13.weight.number != layer.w13.weight.number and torch.equal(copied(*args), layer(*args))
+    # A bias that was written to may be another than the kernels have, also in a copy.
+    layer.bias13 += 1
+    for written in (layer, copy.deepcopy(layer)):
+        with pytest.raises(NotImplementedError, match=r"was prepared for other calls than .* with this bias"):
+            written(*args)
+    with pytest.raises(RuntimeError, match="Weight: it was prepared for cpu, and cannot go to meta"):
+        layer.to("meta")
+    with pytest.raises(RuntimeError, match=r"^w13: the weight was prepared, and has no state any more"):
+        layer.state_dict()
 
 
 def test_compiled():

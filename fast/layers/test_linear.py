@@ -59,6 +59,21 @@ def test_a_layer_in_a_model_created_on_meta():
     assert torch.equal(model(x), ref.linear(x, q).relu())
 
 
+def test_states_of_other_dtypes_are_refused():
+    """torch would convert the numbers of what are codes here, and round scales."""
+    q = fast.quantize(torch.randn(16, 64), "mxfp4")
+    layer = Linear.empty(16, 64, "mxfp4", device="cpu")
+    with pytest.raises(RuntimeError, match=r"dtype mismatch for scale: the state has torch.float8_e8m0fnu, mxfp4 has torch.uint8"):
+        layer.load_state_dict({"packed": q.packed, "scale": q.scale.view(torch.float8_e8m0fnu)})
+
+
+def test_a_static_scale_of_any_shape_has_one_state():
+    q, scale = fast.quantize(torch.randn(16, 64), "int8"), torch.tensor(0.1, requires_grad=True)
+    layer = Linear.empty(16, 64, "int8", x_format="int8_tensor", static=True, device="cpu")
+    layer.load_state_dict(Linear(q, x_format="int8_tensor", x_scale=scale).state_dict())
+    assert torch.equal(layer.x_scale, torch.tensor([0.1])) and not layer.x_scale.requires_grad
+
+
 def test_another_weight_in_the_same_place():
     layer = Weight(fast.quantize(torch.randn(4, 64), "uint4z_g128"))
     first = layer.weight

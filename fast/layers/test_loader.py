@@ -255,8 +255,8 @@ WRONG = [
     (lambda: linear_loader().load(ONE.to(torch.float8_e4m3fn), "q"), TypeError, "is torch.float8_e4m3fn, expected float16"),
     (lambda: linear_loader().load(fast.quantize(ONE, "int8"), "q"), ValueError, "weight of 'q' is int8, expected int4_g32"),
     (lambda: linear_loader(online=True).load(ONE / 0, "q"), ValueError, "^model.qkv: weight of 'q': quantize: .*inf"),
-    (lambda: linear_loader(axis="m"), ValueError, "model.qkv: axis is 'm', expected 'n' or 'k'"),
-    (lambda: linear_loader(rank=2, size=2), ValueError, "got rank 2 of 2, expected 0 to 1"),
+    (lambda: linear_loader(axis="m"), ValueError, "model.qkv: unknown axis 'm', expected 'n' or 'k'"),
+    (lambda: linear_loader(rank=2, size=2), ValueError, "model.qkv: got rank 2 of 2, expected 0 <= rank < size"),
     (lambda: after(linear_loader(), ("load", ONE, "q"), ("load", ONE, "q")), ValueError, "model.qkv: weight of 'q' arrived a second time"),
     (
         lambda: after(linear_loader(), ("load_bias", ONE[:, 0], "q"), ("load_bias", ONE[:, 0], "q")),

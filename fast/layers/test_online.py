@@ -117,6 +117,13 @@ def test_a_layer_in_several_places_stays_one():
     assert type(model["a"]) is Linear and model["a"] is model["b"] is model["c"][0]
 
 
+def test_a_weight_that_an_embedding_has_too_stays():
+    model = nn.ModuleList([nn.Embedding(32, 64), nn.Linear(64, 32), nn.Linear(64, 32)])
+    model[1].weight = model[0].weight
+    quantize_(model, INT4)
+    assert type(model[1]) is nn.Linear and model[1].weight is model[0].weight and type(model[2]) is Linear
+
+
 def test_a_model_that_is_a_layer():
     with pytest.raises(ValueError, match=r"^quantize_: the model is itself a Linear, .*torch\.nn\.Sequential\(model\) is one"):
         quantize_(nn.Linear(32, 8), INT4)
@@ -141,11 +148,46 @@ def test_moves_casts_copies_and_states():
 def test_prepared():
     layer = quantize_(nn.Sequential(nn.Linear(64, 16)), INT4)[0]
     x = torch.randn(2, 64)
-    y = layer(x)
-    assert layer.prepare(torch.float32) is layer and layer.packed is None and not [k for k in layer.state_dict() if k != "bias"]
+    y, bare = layer(x), fast.linear(x, layer.weight)
+    state = {key: value.clone() for key, value in layer.state_dict().items()}
+    assert layer.prepare(torch.float32) is layer and layer.packed is None
     assert torch.equal(layer(x), y)
-    with pytest.raises(RuntimeError, match="before prepare"):
-        layer.to("cpu")
+    for refused in (layer.state_dict, lambda: layer.load_state_dict(state, strict=False)):
+        with pytest.raises(RuntimeError, match=r"^Linear: the weight was prepared, and has no state any more"):
+            refused()
+    layer.load_state_dict({"bias": torch.zeros(16)}, strict=False)
+    assert torch.equal(layer(x), bare)
+
+
+def test_prepared_layers_are_cast_but_not_moved():
+    q = ref.quantize(torch.randn(16, 64), "int8")
+    layer = Linear(q, torch.zeros(16), x_format="int8_tensor", x_scale=torch.tensor(0.1)).prepare(torch.bfloat16)
+    assert layer.to("cpu") is layer and layer.bfloat16().bias.dtype == torch.bfloat16 and layer.x_scale.dtype == torch.float32
+    x = torch.randn(2, 64).bfloat16()
+    assert torch.equal(layer(x), fast.linear(x, q, layer.bias, x_format="int8_tensor", x_scale=torch.tensor([0.1])))
+    with pytest.raises(RuntimeError, match=r"^Linear: it was prepared for cpu, and cannot go to meta; move a model before prepare"):
+        layer.to("meta")
+
+
+def test_a_copy_of_a_prepared_layer_is_compiled_by_itself():
+    model = quantize_(nn.Sequential(nn.Linear(64, 16)), INT4)
+    x = torch.randn(2, 64)
+    y = model(x)
+    model[0].prepare(torch.float32)
+    copied = copy.deepcopy(model)
+    assert copied[0].weight.number != model[0].weight.number
+    del model
+    gc.collect()
+    assert torch.equal(torch.compile(copied, fullgraph=True, backend="eager")(x), y)
+
+
+def test_an_encoder_layer_that_torch_would_fuse():
+    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(64, 4, 96, batch_first=True), 2).eval()
+    quantize_(model, INT4)
+    x = torch.randn(2, 3, 64)
+    with torch.no_grad():
+        y, (first, second) = model(x), model.layers
+        assert type(first.linear1) is type(first.linear2) is Linear and torch.equal(y, second(first(x)))
 
 
 def test_static_scales_of_inputs():
@@ -160,7 +202,7 @@ def test_static_scales_of_inputs():
     [
         ({"dtype": "int4", "ignore": ["0"]}, None, "every layer of this model"),
         ({}, None, "every layer of this model"),
-        (INT4, {"dtype": "int8", "quant_mode": "static_tensor"}, "^quantize_: 0 would need the scale"),
+        (INT4, {"dtype": "int8", "quant_mode": "static_tensor"}, "^quantize_: 0: would need the scale"),
         ({"dtype": "int4", "hadamard_block_size": 128}, None, "^quantize_: 0: .*multiple of the rotation"),
         ({"dtyp": "int4"}, None, "nearest known one"),
     ],
@@ -169,11 +211,17 @@ def test_static_scales_of_inputs():
 def test_refusals(config, x, message):
     with pytest.raises(ValueError, match=message):
         quantize_(nn.Sequential(nn.Linear(64, 16)), config, x)
+    with pytest.raises(TypeError, match=r"^quantize_: model is str, expected a torch.nn.Module"):
+        quantize_("0", INT4)
     with pytest.raises(ValueError, match=r"bias has shape \(3,\)"):
         Linear(ref.quantize(torch.zeros(16, 64), "int4"), torch.zeros(3))
 
 
 def test_weights_that_are_no_numbers_are_named():
+    with pytest.raises(TypeError, match=r"^quantize_: 0: weights are torch.float64, expected float16, bfloat16 or float32"):
+        quantize_(nn.Sequential(nn.Linear(64, 16)).double(), INT4)
+    with pytest.raises(ValueError, match=r"^quantize_: 0: its weight is on the meta device"):
+        quantize_(nn.Sequential(nn.Linear(64, 16, device="meta")), INT4)
     model = nn.Sequential(nn.Linear(64, 16))
     model[0].weight.data[1, 2] = torch.nan
     with pytest.raises(ValueError, match=r"^quantize_: 0: .*nan"):

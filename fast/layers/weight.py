@@ -2,9 +2,12 @@
 
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
 
 from ref.format import parse_format
 from ref.qtensor import TENSORS, QTensor, check_parts, part_kinds
+
+from . import environment
 
 
 def empty(format, shape, dtype=torch.bfloat16, device="meta"):
@@ -24,6 +27,11 @@ def empty(format, shape, dtype=torch.bfloat16, device="meta"):
     return q
 
 
+def moved(w, device):
+    """A QTensor or a tensor on a device."""
+    return pytree.tree_map_only(torch.Tensor, lambda tensor: tensor.to(device), w)
+
+
 class Weight(nn.Module):
     """One weight as buffers: packed, scale, and of zero, scale_2, group_index and offset those that it has; or, unquantized, plain.
 
@@ -39,6 +47,8 @@ class Weight(nn.Module):
             weight: QTensor, or a plain tensor.
         """
         super().__init__()
+        # Says what is wrong with the variable, or that it has no effect.
+        environment.f16_accum()
         for name in (*TENSORS, "plain"):
             self.register_buffer(name, None)
         self.put(weight)
@@ -66,21 +76,50 @@ class Weight(nn.Module):
         for name in TENSORS:
             setattr(self, name, None)
 
+    @property
+    def prepared(self):
+        """Whether the buffers are gone, for what was prepared of them."""
+        return self.packed is None and self.plain is None
+
     def _apply(self, fn, recurse=True):
-        if self.packed is None and self.plain is None:
-            raise RuntimeError(f"{type(self).__name__}: this layer was prepared for its device; move layers before prepare")
+        if self.prepared:
+            here = self.weight.device
+            if (there := fn(torch.empty(0, device=here)).device) != here:
+                raise RuntimeError(
+                    f"{type(self).__name__}: it was prepared for {here}, and cannot go to {there}; move a model before prepare"
+                )
         kept = {name: getattr(self, name) for name in self.FIXED}
         super()._apply(fn, recurse)
         for name, was in kept.items():
             now = getattr(self, name)
             if was is not None and now.dtype != was.dtype:
                 setattr(self, name, was.to(now.device))
-        self._weight = None
+        if not self.prepared:
+            self._weight = None
         return self
 
-    def _load_from_state_dict(self, *args, **kwargs):
-        super()._load_from_state_dict(*args, **kwargs)
-        self._weight = None
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        self._refuse_prepared(prefix)
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs):
+        if any(prefix + name in state_dict for name in TENSORS):
+            self._refuse_prepared(prefix)
+        for name in self.FIXED:
+            own, given = getattr(self, name), state_dict.get(prefix + name)
+            # torch would convert numbers, and these are codes; of a scale it would round them.
+            if own is not None and isinstance(given, torch.Tensor) and given.dtype != own.dtype:
+                error_msgs.append(f"dtype mismatch for {prefix}{name}: the state has {given.dtype}, {self.format} has {own.dtype}")
+                return
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+        if not self.prepared:
+            self._weight = None
+
+    def _refuse_prepared(self, prefix):
+        """A state would lack the weight."""
+        if self.prepared:
+            where = prefix.removesuffix(".") or type(self).__name__
+            raise RuntimeError(f"{where}: the weight was prepared, and has no state any more; save and load a model before prepare")
 
     def extra_repr(self):
         return f"{self.format or self.plain.dtype}, shape={self.shape}"

@@ -40,8 +40,21 @@ class Stack:
         self.kinds = {}
         # What implementations made of w by (implementation, request, whether without a bias built in): plans, or sentences why not.
         self.made = {}
+        self._take_number()
+
+    def _take_number(self):
         self.number = next(_NUMBERS)
         BY_NUMBER[self.number] = self
+
+    def __getstate__(self):
+        # Tensors are copied without their counts: what is told is whether the bias was written to.
+        return self.__dict__ | {"version": self.bias is None or self.owns(self.bias)}
+
+    def __setstate__(self, state):
+        # A copy, or what was read from a file, is another one.
+        self.__dict__.update(state)
+        self.version = -1 if not state["version"] else 0 if self.bias is None else _version(self.bias)
+        self._take_number()
 
     def __repr__(self):
         return f"Stack({self.format or self.w.dtype}, shape={self.shape}, device={self.device})"
@@ -161,10 +174,12 @@ def prepare_experts(w, *, x_dtype=torch.bfloat16, x_format=None, static_scale=Fa
         Stack: what the grouped operations take in place of w, for calls of this kind.
 
     Raises:
-        NotImplementedError, ExceptionGroup: no implementation can do it.
+        TypeError, ValueError: arguments that do not fit each other. NotImplementedError, ExceptionGroup: no implementation can do it.
     """
-    if not isinstance(w, QTensor) or len(w.shape) != 3:
-        raise ValueError(f"prepare_experts: w is {w!r}, expected a QTensor (experts, n, k)")
+    if not isinstance(w, QTensor):
+        raise TypeError(f"prepare_experts: w is {type(w).__name__}, expected a QTensor")
+    if len(w.shape) != 3:
+        raise ValueError(f"prepare_experts: weight {w.format} has shape {tuple(w.shape)}, expected (experts, n, k)")
     if x_dtype not in X_DTYPES:
         raise TypeError(f"prepare_experts: x_dtype is {x_dtype}, expected torch.float16, torch.bfloat16 or torch.float32")
     if isinstance(bias, torch.Tensor) and tuple(bias.shape) != tuple(w.shape[:2]):

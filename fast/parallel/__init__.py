@@ -3,7 +3,8 @@
 `python -m fast.parallel.check` tries all of it on several CPU processes or GPUs.
 """
 
+from ..layers.shards import shard
 from .experts import ExpertParallel, take_experts
-from .tensor import ColumnParallelLinear, RowParallelLinear, shard
+from .tensor import ColumnParallelLinear, RowParallelLinear
 
 __all__ = ["ColumnParallelLinear", "ExpertParallel", "RowParallelLinear", "shard", "take_experts"]

@@ -16,12 +16,13 @@ from ref.qtensor import QTensor
 from ..codes import pack
 from ..eager import dequantize
 from ..layers.experts import FusedExperts
+from ..layers.shards import shard
 from ..linear import linear
 from ..moe.expert_map import expert_map
 from ..moe.experts import fused_experts
 from ..quantize import quantize
 from .experts import ExpertParallel, take_experts
-from .tensor import ColumnParallelLinear, RowParallelLinear, shard
+from .tensor import ColumnParallelLinear, RowParallelLinear
 
 # Borders of 2 and 4 ranks lie inside of groups of 128 and blocks; those of the second shape anywhere, and ranks have different sizes.
 SHAPES = ((256, 384), (131, 390))

@@ -4,39 +4,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from ref.combine import take_columns, take_rows
-
 from ..layers.linear import Linear
-
-
-def shard(q, axis, rank, size):
-    """One rank's part of a weight, never requantized: it means what torch.tensor_split(w, size)[rank] along this axis is.
-
-    Sizes may be uneven: the first ranks have one row or column more. Of a fused weight (qkv, gate_up), shard the parts and ref.fuse them.
-
-    Args:
-        q: QTensor (..., n, k).
-        axis: "n", for ColumnParallelLinear, or "k", for RowParallelLinear.
-        rank, size: which part, of how many.
-
-    Returns:
-        QTensor (..., n_rank, k) or (..., n, k_rank). Blocks and groups that a border cuts become finer (ref.take_rows, ref.take_columns).
-
-    Raises:
-        ValueError: an unknown axis, no such rank, or a border inside of columns that were rotated together.
-
-    >>> import ref
-    >>> shard(ref.quantize(torch.ones(8, 384), "int4_g128"), "k", 1, 2)
-    QTensor(int4_g64, shape=(8, 192), device=cpu)
-    """
-    if axis not in ("n", "k"):
-        raise ValueError(f"shard: unknown axis {axis!r}, expected 'n' or 'k'")
-    if not 0 <= rank < size:
-        raise ValueError(f"shard: got rank {rank} of {size}, expected 0 <= rank < size")
-    whole, rest = divmod(q.shape[-2 if axis == "n" else -1], size)
-    start = rank * whole + min(rank, rest)
-    stop = start + whole + (rank < rest)
-    return take_rows(q, torch.arange(start, stop)) if axis == "n" else take_columns(q, start, stop)
 
 
 class ColumnParallelLinear(nn.Module):

@@ -34,16 +34,15 @@ def encode_kernel(
         t = t * tl.load(scale_2 + row * stride_2)
     elif SECOND == "over":
         t = tl.div_rn(t, tl.load(scale_2 + row * stride_2))
+    first = (row // GN).to(tl.int64) * groups if GN else 0
     group = tl.full((RUNS, RUN), 0, tl.int32)
     if GK:
         group += column // GK
-    if GN:
-        group += (row // GN) * groups
-    s = tl.load(step + group, mask=inside, other=0)
+    s = tl.load(step + first + group, mask=inside, other=0)
     nothing = s == 0
     t = tl.where(nothing, 0.0, tl.div_rn(t, tl.where(nothing, 1.0, s)))
     if ZERO:
-        t += tl.load(zero + group, mask=inside, other=0)
+        t += tl.load(zero + first + group, mask=inside, other=0)
     if INTEGER:
         # The sum with 1.5 * 2^23 is rounded to an integer, which stands in its lowest bits.
         t = tl.minimum(tl.maximum(t, LOW), LOW + ((1 << BITS) - 1)) + 12582912.0

@@ -16,6 +16,11 @@ BUCKETS = 17
 
 def why_not(request):
     """Why these kernels cannot do what is requested, as a sentence; None if they can."""
+    return why_not_weight(request) or _why_not_device(request.device, request.format.element.bits)
+
+
+def why_not_weight(request):
+    """Why they cannot for its weight or its x, wherever that is."""
     fmt, element = request.format, request.format.element
     if request.x_format is not None or request.x_dtype not in X_DTYPES:
         return f"x is {request.x_format or request.x_dtype}, expected float16 or bfloat16, not quantized"
@@ -33,7 +38,7 @@ def why_not(request):
         return (
             f"the weight is {fmt}, expected scales by tensor, row, or group of {width // 4}, {width // 2} or a multiple of {width} columns"
         )
-    return _why_not_device(request.device, element.bits)
+    return None
 
 
 def _why_not_device(device, bits):

@@ -43,6 +43,8 @@ def linear_method(base, unquantized):
             if part == "weight" and self.choice.stored and tensor.is_floating_point() and layer.quant_method is self:
                 self.fall_back(layer)
             if layer.quant_method is not self:
+                if part != "weight" or not tensor.is_floating_point():
+                    raise self.mixed()
                 layer.weight.weight_loader(layer.weight, tensor, *shard)
                 return
             tensors = self.arrived.setdefault(shard, {})
@@ -71,7 +73,7 @@ def linear_method(base, unquantized):
         def fall_back(self, layer):
             """Make it one of vLLM's unquantized layers: its weights are of 16 bits although the configuration says otherwise."""
             if self.arrived or self.shards:
-                raise ValueError(f"{self.name}: some of its shards are quantized and some are not, and vLLM has one layer for all")
+                raise self.mixed()
             warnings.warn(f"{self.name} has unquantized weights in the checkpoint, and stays unquantized", stacklevel=2)
             device = layer.weight.device
             for part in self.choice.parts:
@@ -79,6 +81,9 @@ def linear_method(base, unquantized):
             layer.quant_method = unquantized()
             with device:
                 layer.quant_method.create_weights(layer, *self.sizes, weight_loader=layer.weight_loader)
+
+        def mixed(self):
+            return ValueError(f"{self.name}: some of its shards are quantized and some are not, and vLLM has one layer for all")
 
         def process_weights_after_loading(self, layer):
             if hasattr(layer, "prepared"):

@@ -216,6 +216,13 @@ def test_unquantized_weights_in_a_quantized_checkpoint(online):
     give(mixed, tensors, 0)
     with pytest.raises(ValueError, match=r"layers.0.gate_up_proj: some of its shards are quantized and some are not"):
         give(mixed, {"weight": up}, 1)
+    for part in ("weight", "weight_scale"):  # the other way around
+        mixed = ColumnParallelLinear(config, "layers.0.gate_up_proj", [64, 64], 128)
+        parameter = getattr(mixed, part)
+        with pytest.warns(UserWarning, match="has unquantized weights"):
+            give(mixed, {"weight": up}, 1)
+        with pytest.raises(ValueError, match=r"layers.0.gate_up_proj: some of its shards are quantized and some are not"):
+            parameter.weight_loader(parameter, tensors[part], 0)
 
 
 def test_what_was_read_is_let_go_of(online):

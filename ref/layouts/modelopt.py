@@ -46,7 +46,8 @@ FORMATS = (
     "int8",
 )
 
-NVFP4 = ("NVFP4", "W4A16_NVFP4", "NVFP4_AWQ", "W4A8_NVFP4_FP8")
+# The first of each is written: what says nothing of inputs, if there is such a one.
+NVFP4 = ("W4A16_NVFP4", "NVFP4", "NVFP4_AWQ", "W4A8_NVFP4_FP8")
 MXFP4 = ("MXFP4", "W4A8_MXFP4_FP8")
 FP8_BLOCK = ("FP8_PB_WO", "FP8_PB_REAL")
 INT8_ALGOS = ("W8A16", "W8A8_SQ_PER_CHANNEL")
