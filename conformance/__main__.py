@@ -21,7 +21,7 @@ from .status import FAILING
 DEFAULTS = {"cpu": ("torch", "triton"), "cuda": ("torch", "triton", "humming", "cublas")}
 POOLS = {"cuda": {"triton": 12, "cublas": 12, "humming": 2}}
 # On the CPU Triton's interpreter takes a thousand times as long as a GPU; it gets this many seconds in each cell.
-SECONDS = {"cpu": {"triton": 4}}
+SECONDS = {"cpu": {"triton": 8}}
 # What else python -m conformance does, by its first argument.
 COMMANDS = ("export", "verify")
 

@@ -23,7 +23,7 @@ LIMIT = {"cpu": 120, "cuda": 400}
 AFTER = 3
 # As the command line has them for `fast`: see conformance.__main__.
 POOLS = {"cuda": (("triton", 12), ("cublas", 12), ("humming", 2))}
-SECONDS = {"cpu": (("triton", 4),)}
+SECONDS = {"cpu": (("triton", 8),)}
 
 GROUPS = ("layout", "mask", "routing", "scale", "rounding", "activation", "memory", "concurrency", "variation")
 
