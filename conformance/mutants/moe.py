@@ -228,6 +228,7 @@ SORTING = (
     Mutant(
         "kernel_counts_not_zeroed", "memory", T_SORT, "counts = torch.zeros(chunks, lanes,", "counts = torch.empty(chunks, lanes,",
         *_all("moe_align_block_size", "triton"), "unwritten memory",
+        hangs=True,
     ),
     Mutant(
         "kernel_last_expert_without_an_offset", "memory", T_SORT,
