@@ -1,12 +1,12 @@
 """Which implementation runs a quantized linear layer, and why no other does; or, with PATH, each quantized layer of a checkpoint."""
 
 import torch
-from torch.utils import _pytree as pytree
 
 from ref.layouts import open as open_checkpoint
 
 from .. import registry
 from ..explain import explain
+from ..layers.weight import moved
 from . import arguments
 from .layout import blank
 
@@ -57,8 +57,8 @@ def of_checkpoint(checkpoint, args, device):
     for layer, q in tqdm(checkpoint, unit=" layers", delay=1, leave=False, disable=None):
         kind = (q.format, tuple(q.shape), q.group_index is not None)
         if kind not in found:
-            q = pytree.tree_map_only(torch.Tensor, lambda t: t.to(device), q)
-            found[kind] = [explain(q, m, x_format=args.x_format, impl=args.impl) for m in args.m]
+            here = moved(q, device)
+            found[kind] = [explain(here, m, x_format=args.x_format, impl=args.impl) for m in args.m]
         rows.append((layer, str(q.format), "x".join(map(str, q.shape)), *map(taken, found[kind])))
     yield from arguments.table(("layer", "format", "shape", *(f"m={m}" for m in args.m)), rows, left=3 + len(args.m))
     for explanation in (one for of in found.values() for one in of):

@@ -11,12 +11,12 @@ import sys
 import time
 
 import torch
-from torch.utils import _pytree as pytree
 
 from ref.layouts.checkpoint import located
 
 from ..layers.config import read_config
 from ..layers.inputs import input_of
+from ..layers.weight import moved
 from ..quantize import quantize
 from . import arguments, output, plan
 from .layout import IGNORE, MODULES
@@ -142,7 +142,7 @@ def converted(source, item, made, device):
     if w.dim() == 3 and source.transposed:
         w = w.transpose(-1, -2)
     with located(item.tensor):
-        q = pytree.tree_map_only(torch.Tensor, lambda t: t.cpu(), quantize(w, item.format))
+        q = moved(quantize(w, item.format), "cpu")
         parts = MODULES[made.layout].write(q)
     return {f"{item.layer}{made.separator}{part}": tensor.contiguous() for part, tensor in parts.items()}
 
