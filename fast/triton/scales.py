@@ -1,13 +1,12 @@
 """Scales and zero points of weights, in one launch: the range of each group of a row, and what follows from it."""
 
-import math
-
 import torch
 import triton.language as tl
 
 from ref.element import max_value, min_value
 from ref.format import SCALE_DTYPES
 
+from ..quantize import _exponent, _top
 from .decode import round_to_output, to_float32
 from .jit import Launcher, kernel, multiple_of_16, stride_kind
 
@@ -79,7 +78,9 @@ _LAUNCH = Launcher(scale_kernel)
 def takes(fmt):
     """Whether a format's scales are made here: of groups of a row, in 16 or 32 bits, or powers of two without a zero point."""
     whole = fmt.group[0] == 1 and fmt.scale_2 is None and fmt.offset is None
-    return whole and (fmt.scale in ("fp32", "fp16", "bf16") or (fmt.scale == "e8m0" and fmt.zero is None and _floor(fmt.element) >= 0))
+    return whole and (
+        fmt.scale in ("fp32", "fp16", "bf16") or (fmt.scale == "e8m0" and fmt.zero is None and _exponent(_top(fmt.element)) >= 0)
+    )
 
 
 def first_scales(w, fmt):
@@ -101,7 +102,7 @@ def first_scales(w, fmt):
     columns = min(COLUMNS, 1 << ((gk or k) - 1).bit_length())
     constants = {
         "GK": gk,
-        "FLOOR": _floor(element) if fmt.scale == "e8m0" else None,
+        "FLOOR": _exponent(_top(element)) if fmt.scale == "e8m0" else None,
         "MINMAX": fmt.zero is not None,
         "RANGE": max_value(element) - min_value(element) if fmt.zero is not None else _top(element),
         "LARGEST": torch.finfo(dtype).max if dtype.is_floating_point else 0.0,
@@ -114,12 +115,3 @@ def first_scales(w, fmt):
     kind = (w.device.index, w.dtype, scale.dtype, zero.dtype, stride_kind(w.stride(0)), multiple_of_16(w), k, groups, *constants.values())
     _LAUNCH(kind, (n, -(-groups // constants["GROUPS"]), 1), args, constants, {"num_warps": 4})
     return scale, None if fmt.zero is None else zero, step, None if fmt.zero is None else subtracted, bad
-
-
-def _top(element):
-    return max_value(element) or -min_value(element)
-
-
-def _floor(element):
-    """floor(log2) of the magnitude that a scale is made for."""
-    return math.frexp(_top(element))[1] - 1
